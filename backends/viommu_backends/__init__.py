@@ -1,0 +1,1 @@
+"""Memory mappers for host IOMMUs and for devices in other processes."""
