@@ -1,0 +1,144 @@
+"""The contract between a domain and what stands behind an endpoint.
+
+Source: crosvm's ``MemoryMapper`` (names and fault semantics), extended so that
+every call is all or nothing. Ranges are half-open.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from viommu.errors import Access
+    from viommu.events import Event
+
+__all__ = [
+    "AddMapResult",
+    "MappingInfo",
+    "MemRegion",
+    "MemoryMapper",
+    "RemoveMapResult",
+]
+
+
+class MappingInfo(NamedTuple):
+    """One mapping: ``[iova, iova + size)`` to ``[gpa, gpa + size)``, sizes in bytes."""
+
+    iova: int
+    gpa: int
+    size: int
+    prot: Access
+
+
+class MemRegion(NamedTuple):
+    """A piece of exported memory: ``len`` bytes at ``gpa``, accessible as ``prot``."""
+
+    gpa: int
+    len: int
+    prot: Access
+
+
+class AddMapResult(enum.Enum):
+    """The outcome of :meth:`MemoryMapper.add_map`."""
+
+    OK = "ok"
+    OVERLAP_FAILURE = "overlap"
+
+
+class RemoveMapResult(NamedTuple):
+    """The outcome of :meth:`MemoryMapper.remove_map`.
+
+    ``ok`` is false when the range would split a mapping; nothing was removed.
+    ``resolution``, when there is one, becomes readable once every export that
+    the removal revoked has been released: until then the guest must not be told
+    that the removal is done.
+    """
+
+    ok: bool
+    resolution: Event | None = None
+
+
+@runtime_checkable
+class MemoryMapper(Protocol):
+    """The address space of one endpoint, or of endpoints the host can't tell apart.
+
+    The caller passes page-aligned, non-empty ranges below ``2**64`` and holds no
+    more than one request in flight. An overlap is a result; a host failure is a
+    :exc:`~viommu.errors.BackendError`. A failed call changes nothing.
+    """
+
+    def add_map(self, mapping: MappingInfo) -> AddMapResult:
+        """Add one mapping.
+
+        Raises:
+            BackendError: The host refused; nothing was mapped.
+            UsageError: The mapping is empty or passes the end of an address space.
+        """
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        """Remove every mapping inside ``[iova_start, iova_start + size)``.
+
+        Gaps, and a range with no mapping at all, are no error. If a removed
+        mapping was exported, the session's fault event is signalled.
+
+        Raises:
+            BackendError: The host refused; nothing was removed.
+        """
+
+    def get_mask(self) -> int:
+        """Return the page sizes that can be mapped, one bit each; the lowest is the granule."""
+
+    def supports_detach(self) -> bool:
+        """Return whether the endpoint can leave its domain (:meth:`reset_domain` works)."""
+
+    def id(self) -> int:
+        """Return a number unique among live mappers of this process.
+
+        Two endpoints with the same number share one address space.
+        """
+
+    def reset_domain(self) -> Event | None:
+        """Remove every mapping; return a resolution event as in :class:`RemoveMapResult`.
+
+        The device calls it only where :meth:`supports_detach`.
+
+        Raises:
+            BackendError: The host refused; nothing was removed.
+        """
+
+    def start_export_session(self) -> Event:
+        """Start an export session; return its fault event.
+
+        The event is signalled once, when exported memory is unmapped. From then
+        on nothing can be exported and the client must release everything. The
+        caller owns the event.
+
+        Raises:
+            ExportError: The session before this one still holds exports.
+        """
+
+    def export(self, iova: int, size: int) -> list[MemRegion]:
+        """Export ``[iova, iova + size)``; regions merge when contiguous and equally protected.
+
+        Raises:
+            TranslationFault: Some byte is not mapped; ``iova`` is the first such address.
+            SessionFaulted: An IOMMU fault has ended this session.
+            ExportError: No session was started, or a limit is reached.
+        """
+
+    def release(self, iova: int, size: int) -> None:
+        """Release one export of exactly this range.
+
+        A range exported several times must be released as often.
+
+        Raises:
+            ExportError: This range is not exported.
+        """
+
+    def vfio_dma_map(self, iova: int, hva: int, size: int, prot: Access) -> AddMapResult:
+        """Map host memory at ``hva`` (device BARs) instead of guest memory.
+
+        Raises:
+            BackendError: ENOTSUP where this mapper has no host address space.
+        """
