@@ -1,0 +1,281 @@
+"""Domains: replay on attach, rollback, several mappers."""
+
+import errno
+
+import pytest
+
+from viommu.basic import BasicMemoryMapper
+from viommu.domain import (
+    IDENTITY,
+    X86_MSI_WINDOW,
+    Domain,
+    DomainKind,
+    ReservedRegion,
+    sorted_reserved,
+)
+from viommu.errors import Access, BackendError, GuestError, InternalError, UsageError
+from viommu.mapper import AddMapResult, MappingInfo, RemoveMapResult
+from viommu.spec.virtio_iommu import ReservedKind, Status
+
+RW = Access.READ | Access.WRITE
+PAGE = 0x1000
+ONE = MappingInfo(0, 0x10000, PAGE, RW)
+TWO = MappingInfo(PAGE, 0x20000, PAGE, RW)
+
+
+class Flaky(BasicMemoryMapper):
+    """A real mapper whose host refuses the calls numbered in ``add_fails`` and ``remove_fails``."""
+
+    def __init__(self, *, detach: bool = True) -> None:
+        super().__init__()
+        self.adds = self.removes = 0
+        self.add_fails: set[int] = set()
+        self.remove_fails: set[int] = set()
+        self._detach = detach
+
+    def add_map(self, mapping: MappingInfo) -> AddMapResult:
+        self.adds += 1
+        if self.adds in self.add_fails:
+            raise BackendError(errno.ENOMEM, f"map {mapping}")
+        return super().add_map(mapping)
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        self.removes += 1
+        if self.removes in self.remove_fails:
+            raise BackendError(errno.EIO, f"unmap {iova_start:#x}")
+        return super().remove_map(iova_start, size)
+
+    def supports_detach(self) -> bool:
+        return self._detach
+
+
+def translating(*mappers: BasicMemoryMapper) -> Domain:
+    domain = Domain(DomainKind.TRANSLATING, 1)
+    for mapper in mappers:
+        domain.add_group(mapper)
+    return domain
+
+
+def test_a_map_reaches_every_mapper() -> None:
+    mappers = [Flaky(), Flaky(), Flaky()]
+    domain = translating(*mappers)
+
+    domain.map_range(ONE)
+
+    assert [m.mappings() for m in mappers] == [[ONE]] * 3
+    domain._check()
+
+
+def test_a_failure_in_the_third_mapper_undoes_the_first_two() -> None:
+    mappers = [Flaky(), Flaky(), Flaky()]
+    domain = translating(*mappers)
+    domain.map_range(ONE)
+    mappers[2].add_fails = {2}
+
+    with pytest.raises(BackendError):
+        domain.map_range(TWO)
+
+    assert [m.mappings() for m in mappers] == [[ONE]] * 3
+    assert list(domain.map) == [ONE]
+    domain.map_range(TWO)
+    domain._check()
+
+
+def test_an_undo_that_fails_puts_the_mapper_out_of_order_and_says_so() -> None:
+    first, second = Flaky(), Flaky()
+    domain = translating(first, second)
+    second.add_fails = {1}
+    first.remove_fails = {1}
+
+    with pytest.raises(BackendError):
+        domain.map_range(ONE)
+
+    assert domain.groups[0].broken
+    with pytest.raises(InternalError, match="out of order"):
+        domain.map_range(TWO)
+    with pytest.raises(InternalError, match="out of order"):
+        domain.unmap_range(0, PAGE)
+    with pytest.raises(InternalError, match="out of order"):
+        Domain(DomainKind.BLOCKED).take(domain.groups[0])
+
+
+def test_an_overlap_with_what_the_host_keeps_is_invalid() -> None:
+    mapper = Flaky()
+    domain = translating(mapper)
+    mapper.add_map(ONE)
+
+    with pytest.raises(GuestError) as caught:
+        domain.map_range(ONE)
+
+    assert caught.value.status == Status.INVAL
+    assert not len(domain.map)
+
+
+def test_an_unmap_that_a_host_refuses_is_put_back_everywhere() -> None:
+    first, second = Flaky(), Flaky()
+    domain = translating(first, second)
+    domain.map_range(ONE)
+    domain.map_range(TWO)
+    second.remove_fails = {1}
+
+    with pytest.raises(BackendError):
+        domain.unmap_range(0, 2 * PAGE)
+
+    assert first.mappings() == second.mappings() == list(domain.map) == [ONE, TWO]
+    assert domain.unmap_range(0, 2 * PAGE) == []
+    assert first.mappings() == second.mappings() == []
+
+
+def test_an_unmap_whose_undo_fails_too_breaks_the_mapper() -> None:
+    first, second = Flaky(), Flaky()
+    domain = translating(first, second)
+    domain.map_range(ONE)
+    second.remove_fails = {1}
+    first.add_fails = {2}
+
+    with pytest.raises(BackendError):
+        domain.unmap_range(0, PAGE)
+
+    assert domain.groups[0].broken
+    assert domain.groups[1].broken is None
+
+
+def test_a_mapper_that_disagrees_about_what_is_mapped_is_our_bug() -> None:
+    mapper = Flaky()
+    domain = translating(mapper)
+    domain.map_range(TWO)
+    mapper.add_map(MappingInfo(2 * PAGE, 0, 2 * PAGE, RW))
+
+    with pytest.raises(InternalError, match="would split"):
+        domain.unmap_range(PAGE, 3 * PAGE)
+    assert list(domain.map) == [TWO]
+
+
+def test_unmapping_exported_memory_of_two_mappers_waits_for_both() -> None:
+    mappers = [Flaky(), Flaky(), Flaky()]
+    domain = translating(*mappers)
+    domain.map_range(ONE)
+    for mapper in mappers[:2]:
+        mapper.start_export_session()
+        mapper.export(0, 4)
+
+    waits = domain.unmap_range(0, PAGE)
+
+    assert len(waits) == 2
+    mappers[0].release(0, 4)
+    assert [w.is_set() for w in waits] == [True, False]
+
+
+def test_taking_a_group_replays_every_mapping() -> None:
+    domain = translating(Flaky())
+    domain.map_range(ONE)
+    domain.map_range(TWO)
+    other = Domain(DomainKind.BLOCKED)
+    newcomer = Flaky()
+    group = other.add_group(newcomer)
+
+    assert domain.take(group) is None
+
+    assert newcomer.mappings() == [ONE, TWO]
+    assert group.domain is domain
+    assert other.groups == []
+
+
+def test_a_replay_that_fails_leaves_the_group_where_it_was() -> None:
+    source, target = translating(), translating()
+    mapper = Flaky()
+    group = source.add_group(mapper)
+    source.map_range(MappingInfo(0x8000, 0, PAGE, RW))
+    target.map_range(ONE)
+    target.map_range(TWO)
+    mapper.add_fails = {3}
+
+    with pytest.raises(BackendError):
+        target.take(group)
+
+    assert group.domain is source
+    assert mapper.mappings() == list(source.map)
+    assert group.broken is None
+    source._check()
+    target._check()
+
+
+def test_a_group_that_can_not_be_put_back_is_broken() -> None:
+    source, target = translating(), translating()
+    mapper = Flaky()
+    group = source.add_group(mapper)
+    source.map_range(ONE)
+    target.map_range(TWO)
+    mapper.add_fails = {2, 3}
+
+    with pytest.raises(InternalError, match="putting its domain back"):
+        target.take(group)
+    assert group.broken
+
+
+def test_a_mapper_that_can_not_detach_stays() -> None:
+    source, target = translating(), translating()
+    group = source.add_group(Flaky(detach=False))
+    source.map_range(ONE)
+
+    with pytest.raises(GuestError) as caught:
+        target.take(group)
+
+    assert caught.value.status == Status.UNSUPP
+    assert group.domain is source
+
+
+def test_bypass_is_the_identity() -> None:
+    bypass = Domain(DomainKind.BYPASS)
+    mapper = Flaky()
+
+    group = bypass.add_group(mapper)
+    assert mapper.mappings() == [IDENTITY]
+    assert Domain(DomainKind.BLOCKED).take(group) is None
+    assert mapper.mappings() == []
+
+
+def test_leaving_bypass_waits_for_exports() -> None:
+    mapper = Flaky()
+    group = Domain(DomainKind.BYPASS).add_group(mapper)
+    mapper.start_export_session()
+    mapper.export(0x1234, 1)
+
+    resolution = Domain(DomainKind.BLOCKED).take(group)
+
+    assert resolution is not None
+    mapper.release(0x1234, 1)
+    assert resolution.is_set()
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [ReservedRegion(5, 5)],
+        [ReservedRegion(0, 5), ReservedRegion(4, 6)],
+        [ReservedRegion(0, (1 << 64) + 1)],
+        [X86_MSI_WINDOW, ReservedRegion(0, 1, ReservedKind.MSI)],
+    ],
+)
+def test_what_probe_must_not_say_is_refused(regions: list[ReservedRegion]) -> None:
+    with pytest.raises(UsageError, match="ReservedRegion"):
+        sorted_reserved(regions)
+
+
+def test_reserved_regions_are_sorted() -> None:
+    first = ReservedRegion(0, 5)
+
+    assert sorted_reserved([X86_MSI_WINDOW, first]) == (first, X86_MSI_WINDOW)
+
+
+@pytest.mark.parametrize("damage", ["kind", "group"])
+def test_check_finds_damage(damage: str) -> None:
+    domain = translating(Flaky())
+    if damage == "kind":
+        domain.map_range(ONE)
+        domain.kind = DomainKind.BLOCKED
+    else:
+        domain.groups[0].domain = Domain(DomainKind.BLOCKED)
+
+    with pytest.raises(InternalError):
+        domain._check()

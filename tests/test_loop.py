@@ -1,0 +1,141 @@
+"""The loop: readers, writers, timers, order."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from viommu.errors import UsageError
+from viommu.events import Event
+from viommu.loop import Loop
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop(Clock())
+    yield loop
+    loop.close()
+
+
+def test_a_reader_is_called_until_it_consumes(loop: Loop) -> None:
+    calls: list[int] = []
+    with Event() as event:
+        loop.on_readable(event, lambda: calls.append(1))
+        loop.turn(0)
+        event.signal()
+        loop.turn(0)
+        loop.turn(0)
+        event.clear()
+        loop.turn(0)
+        loop.forget(event)
+
+    assert calls == [1, 1]
+
+
+def test_reading_and_writing_are_watched_apart(loop: Loop) -> None:
+    seen: list[str] = []
+    left, right = socket.socketpair()
+    with left, right:
+        loop.on_readable(left, lambda: seen.append("read"))
+        loop.on_writable(left, lambda: seen.append("write"))
+        loop.turn(0)
+        assert seen == ["write"]
+        loop.on_writable(left, None)
+        right.send(b"x")
+        loop.turn(0)
+        assert seen == ["write", "read"]
+        loop.on_readable(left, None)
+        loop.turn(0)
+        assert seen == ["write", "read"]
+
+
+def test_a_callback_may_forget_another_of_the_same_turn(loop: Loop) -> None:
+    seen: list[str] = []
+    first, second = Event(), Event()
+
+    def forget(mine: str, other: Event) -> None:
+        seen.append(mine)
+        loop.forget(other)
+
+    loop.on_readable(first, lambda: forget("first", second))
+    loop.on_readable(second, lambda: forget("second", first))
+    first.signal()
+    second.signal()
+    loop.turn(0)
+
+    assert len(seen) == 1
+    first.close()
+    second.close()
+
+
+def test_timers_fire_in_order_and_not_before_their_time() -> None:
+    clock = Clock()
+    loop = Loop(clock)
+    seen: list[str] = []
+    loop.call_later(2, lambda: seen.append("late"))
+    loop.call_later(1, lambda: seen.append("early"))
+    cancelled = loop.call_later(1, lambda: seen.append("never"))
+    cancelled.cancel()
+    loop.turn(0)
+    assert seen == []
+    clock.now += 1
+    loop.turn(0)
+    assert seen == ["early"]
+    clock.now += 1
+    loop.turn(0)
+    assert seen == ["early", "late"]
+    loop.close()
+
+
+def test_soon_runs_in_the_next_turn_even_when_asked_for_by_a_soon(loop: Loop) -> None:
+    seen: list[str] = []
+
+    def first() -> None:
+        seen.append("first")
+        loop.call_soon(lambda: seen.append("second"))
+
+    loop.call_soon(first)
+    loop.turn()
+    assert seen == ["first"]
+    loop.turn()
+    assert seen == ["first", "second"]
+
+
+def test_stop_ends_run(loop: Loop) -> None:
+    loop.call_soon(loop.stop)
+    loop.run()
+
+
+def test_a_closed_source_is_refused(loop: Loop) -> None:
+    event = Event()
+    event.close()
+
+    with pytest.raises(UsageError, match="-1"):
+        loop.on_readable(event, lambda: None)
+
+
+def test_forgetting_after_the_owner_closed_the_fd_is_harmless(loop: Loop) -> None:
+    event = Event()
+    fd = os.dup(event.fileno())
+    loop.on_readable(fd, lambda: None)
+    os.close(fd)
+
+    loop.forget(fd)
+    event.close()
+
+
+def test_an_exception_of_a_callback_is_not_swallowed(loop: Loop) -> None:
+    def broken() -> None:
+        raise RuntimeError("ours")
+
+    loop.call_soon(broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        loop.turn()
