@@ -109,8 +109,11 @@ class ExportLedger:
         """Start a session and return its fault event, which the caller owns and closes.
 
         Raises:
+            SessionFaulted: Exports that an IOMMU fault revoked are still held.
             ExportError: The session before this one still holds exports.
         """
+        if self.state is SessionState.FAULTED:
+            raise SessionFaulted(f"{self._total} exports of the faulted session are still held")
         if self._total:
             raise ExportError(f"the previous session still holds {self._total} exports")
         self._step(SessionEvent.START)
