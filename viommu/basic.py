@@ -51,9 +51,8 @@ class BasicMemoryMapper:
     def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
         """Remove mappings; see :meth:`viommu.mapper.MemoryMapper.remove_map`."""
         end = iova_start + size
-        if self._map.splits(iova_start, end):
+        if self._map.remove(iova_start, end) is None:
             return RemoveMapResult(ok=False)
-        self._map.remove(iova_start, end)
         return RemoveMapResult(ok=True, resolution=self.exports.revoke(iova_start, end))
 
     def get_mask(self) -> int:

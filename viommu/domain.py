@@ -195,9 +195,9 @@ class Domain:
             BackendError: A host refused; what was removed before is mapped again.
         """
         self._check_in_order()
-        if self.map.splits(start, end):
-            raise GuestError(Status.RANGE, f"[{start:#x}, {end:#x}) would split a mapping")
         removed = self.map.remove(start, end)
+        if removed is None:
+            raise GuestError(Status.RANGE, f"[{start:#x}, {end:#x}) would split a mapping")
         if not removed:
             return []
         waits: list[Event] = []

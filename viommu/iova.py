@@ -37,11 +37,8 @@ class AddressMap(Protocol):
     def overlapping(self, start: int, end: int) -> list[MappingInfo]:
         """Return the mappings that touch ``[start, end)``, in order."""
 
-    def splits(self, start: int, end: int) -> bool:
-        """Return whether removing ``[start, end)`` would split a mapping."""
-
-    def remove(self, start: int, end: int) -> list[MappingInfo]:
-        """Remove and return the mappings inside ``[start, end)``; refuse to split."""
+    def remove(self, start: int, end: int) -> list[MappingInfo] | None:
+        """Remove and return the mappings inside ``[start, end)``; ``None``: it would split one."""
 
     def pieces(self, start: int, end: int) -> Iterator[MappingInfo]:
         """Yield ``[start, end)`` piece by piece as it is mapped."""
@@ -121,32 +118,26 @@ class IntervalMap:
         mappings = self._mappings
         return [mappings[s] for s in self._starts.irange(low, end, (True, False))]
 
-    def splits(self, start: int, end: int) -> bool:
-        """Return whether an edge of ``[start, end)`` lies strictly inside a mapping.
-
-        Runtime complexity: `O(log(n))`.
-        """
-        first = self.find(start)
-        if first is not None and first.iova < start:
-            return True
-        last = self.find(end)
-        return last is not None and last.iova < end
-
-    def remove(self, start: int, end: int) -> list[MappingInfo]:
+    def remove(self, start: int, end: int) -> list[MappingInfo] | None:
         """Remove the mappings inside ``[start, end)`` and return them, in order.
 
-        Gaps are fine. Runtime complexity: `O(k log(n))`, ``k`` mappings removed.
-
-        Raises:
-            UsageError: A mapping would be split; nothing was removed. Ask
-                :meth:`splits` first.
+        Gaps are fine. ``None``, and no change, when an edge of the range lies
+        strictly inside a mapping. Runtime complexity: `O(k log(n))`, ``k``
+        mappings removed.
         """
+        mappings = self._mappings
+        exact = mappings.get(start)
+        if exact is not None and start + exact.size == end:
+            # What a driver nearly always does.
+            self._starts.remove(start)
+            del mappings[start]
+            return [exact]
         removed = self.overlapping(start, end)
         if removed and (removed[0].iova < start or removed[-1].iova + removed[-1].size > end):
-            raise UsageError(f"removing [{start:#x}, {end:#x}) would split a mapping")
+            return None
         for mapping in removed:
             self._starts.remove(mapping.iova)
-            del self._mappings[mapping.iova]
+            del mappings[mapping.iova]
         return removed
 
     def pieces(self, start: int, end: int) -> Iterator[MappingInfo]:
