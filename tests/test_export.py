@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from viommu.memory.guest import GuestMemory
 
 from viommu.basic import BasicMemoryMapper
 from viommu.errors import (
@@ -29,6 +28,7 @@ from viommu.export import (
 )
 from viommu.mapper import MappingInfo
 from viommu.memory.files import MappedFiles
+from viommu.memory.guest import GuestMemory
 
 RW = Access.READ | Access.WRITE
 PAGE = mmap.PAGESIZE
