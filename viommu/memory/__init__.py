@@ -1,0 +1,9 @@
+"""Guest physical memory: the files behind it, and access by address.
+
+This package knows nothing of virtio, nor of how the regions came to be known.
+"""
+
+from viommu.memory.files import FileKey, MappedFile, MappedFiles
+from viommu.memory.guest import GuestMemory, MemoryRegion
+
+__all__ = ["FileKey", "GuestMemory", "MappedFile", "MappedFiles", "MemoryRegion"]

@@ -1,0 +1,146 @@
+"""One mapping per file, however many regions point into it.
+
+A VMM sends a fresh duplicate of the same file descriptor with every region, and
+hundreds of regions when an IOMMU of its own is on. So files are told apart by
+device and inode, each is mapped once, as a whole, and shared by reference count.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from typing import Final, NamedTuple
+
+from viommu.errors import PeerError, UsageError
+
+__all__ = ["FileKey", "MappedFile", "MappedFiles"]
+
+_MAX_FILES: Final = 256
+
+
+class FileKey(NamedTuple):
+    """What tells files apart: ``st_dev`` and ``st_ino``, stable while the file is mapped."""
+
+    device: int
+    inode: int
+
+
+class MappedFile:
+    """A file mapped as a whole; every :meth:`MappedFiles.get` needs one :meth:`close`."""
+
+    __slots__ = ("_files", "_uses", "key", "view", "writable")
+
+    def __init__(
+        self, files: MappedFiles, key: FileKey, view: memoryview, *, writable: bool
+    ) -> None:
+        self._files = files
+        self._uses = 0
+        self.key = key
+        #: The whole file as bytes. Replaced, never resized, when the file has
+        #: grown; slices of the old one stay valid and see the same memory.
+        self.view = view
+        self.writable = writable
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes are mapped."""
+        return len(self.view)
+
+    def close(self) -> None:
+        """Give back one use; the file is unmapped when nobody uses it or a slice of its view.
+
+        Raises:
+            UsageError: More was given back than taken.
+        """
+        if not self._uses:
+            raise UsageError(f"file {self.key} was closed more often than opened")
+        self._uses -= 1
+        if not self._uses:
+            self._files._forget(self)  # noqa: SLF001 - one unit: the cache and its entries
+
+
+class MappedFiles:
+    """The files of this process that guest memory lives in.
+
+    At most ``limit`` files are mapped at a time. Lookup is O(1).
+    """
+
+    def __init__(self, limit: int = _MAX_FILES) -> None:
+        self._limit = limit
+        self._files: dict[FileKey, MappedFile] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, fd: int, offset: int, size: int, *, writable: bool) -> MappedFile:
+        """Return the mapping of the file behind ``fd``, which holds ``[offset, offset + size)``.
+
+        ``fd`` stays the caller's and may be closed at once. Where the file allows
+        it (a memfd usually does) it is sealed against shrinking, because touching
+        a page that a peer cut off would end this process with SIGBUS. A file that
+        can't be sealed is trusted to keep the size it has now.
+
+        Raises:
+            PeerError: EINVAL, the file is too short; EACCES, not opened for this
+                access; ENODEV, not a file; ENOSPC, too many files; or why mmap failed.
+        """
+        try:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            mode = flags & os.O_ACCMODE
+            # The order of these checks, and their errors, are those of mmap(2).
+            if flags & os.O_PATH or mode == os.O_WRONLY or (writable and mode != os.O_RDWR):
+                wanted = "reading and writing" if writable else "reading"
+                raise PeerError(errno.EACCES, f"memory file is not open for {wanted}")
+            _seal(fd)
+            status = os.fstat(fd)
+        except OSError as error:
+            raise PeerError(error.errno or errno.EBADF, f"memory file: {error}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise PeerError(errno.ENODEV, f"mode {status.st_mode:#o} is not that of a memory file")
+        if offset < 0 or size < 0 or offset + size > status.st_size or not status.st_size:
+            raise PeerError(
+                errno.EINVAL,
+                f"memory file has {status.st_size:#x} bytes, [{offset:#x}, {offset + size:#x})"
+                " is not in it",
+            )
+        key = FileKey(status.st_dev, status.st_ino)
+        file = self._files.get(key)
+        if file is None:
+            if len(self._files) >= self._limit:
+                raise PeerError(errno.ENOSPC, f"more than {self._limit} memory files")
+            view = _map(fd, status.st_size, writable=writable)
+            file = self._files[key] = MappedFile(self, key, view, writable=writable)
+        elif offset + size > file.size or (writable and not file.writable):
+            file.view = _map(fd, status.st_size, writable=writable or file.writable)
+            file.writable = file.writable or writable
+        file._uses += 1  # noqa: SLF001 - one unit: the cache and its entries
+        return file
+
+    def _forget(self, file: MappedFile) -> None:
+        del self._files[file.key]
+        # No munmap by hand: the mapping goes with the last slice that looks at it.
+        file.view = memoryview(b"")
+
+
+def _seal(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError as error:
+        # Not a memfd, sealed against more seals, or opened read-only.
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise
+
+
+def _map(fd: int, size: int, *, writable: bool) -> memoryview:
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    try:
+        mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection)
+        mapping.madvise(mmap.MADV_DONTDUMP)  # a core dump of ours is no place for guest memory
+    except (OSError, ValueError, OverflowError) as error:
+        # Python itself refuses a size that the file no longer has.
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
+        raise PeerError(number, f"can't map {size:#x} bytes of a memory file: {error}") from error
+    return memoryview(mapping)
