@@ -70,6 +70,8 @@ class Rig:
 
     def close(self) -> None:
         """Release everything."""
+        # A caught fault keeps the frames that it passed, and they keep views of memory.
+        self.faults.clear()
         self.dma.close()
         self.memory.close()
         self.loop.close()
