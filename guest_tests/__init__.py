@@ -1,0 +1,1 @@
+"""Real kernels against viommu: the lab that boots them, the programs inside, the tests."""

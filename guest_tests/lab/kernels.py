@@ -1,0 +1,38 @@
+"""Kernels that the lab can boot: Debian's own, or one built here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from guest_tests.lab import bundles
+from guest_tests.lab.errors import LabError
+from guest_tests.lab.manifest import KERNELS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Kernel", "debian_kernel"]
+
+
+class Kernel(NamedTuple):
+    """A kernel image and its modules (``None``: all that is needed is built in).
+
+    ``release`` is its version as ``uname -r`` says it, ``key`` names its exact contents.
+    """
+
+    name: str
+    release: str
+    image: Path
+    modules: Path | None
+    key: str
+
+
+def debian_kernel(name: str) -> Kernel:
+    """Return Debian's kernel ``name`` (a key of ``KERNELS``), fetched when the cache lacks it."""
+    if name not in KERNELS:
+        raise LabError(f"there is no kernel {name}: choose one of {', '.join(KERNELS)}")
+    bundle = KERNELS[name]
+    tree = bundles.fetch([bundle])[bundle.name]
+    modules = next(tree.glob("usr/lib/modules/*"))
+    images = [*tree.glob("boot/vmlinuz-*"), modules / "vmlinuz"]
+    return Kernel(name, modules.name, images[0], modules, bundles.bundle_key(tree))
