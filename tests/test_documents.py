@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+
+from viommu.cli.exit_codes import EXIT_CODES
+from viommu.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 # Pages whose Python examples are complete and run in the order of the page.
 RUNNABLE = ("docs/embedding.md", "docs/endpoints.md")
@@ -34,3 +43,58 @@ def test_the_python_examples_of_a_page_run(page: str) -> None:
     for line, block in blocks:
         # Blank lines in front: a traceback shows the line of the page.
         exec(compile("\n" * line + block, page, "exec"), namespace)  # our own text
+
+
+def shell_commands(page: str) -> list[str]:
+    """Return the lines with a prompt of the console blocks of a page, continuations joined."""
+    joined = "\n".join(block for _, block in code_blocks(page, "console")).replace("\\\n", " ")
+    return [line.removeprefix("$ ") for line in joined.splitlines() if line.startswith("$ ")]
+
+
+VIOMMU_COMMANDS = [
+    pytest.param(command, id=f"{page}: {' '.join(command.split())}")
+    for page in PAGES
+    for command in dict.fromkeys(shell_commands(page))
+    if command.startswith("viommu ")
+]
+
+
+@pytest.mark.parametrize("command", VIOMMU_COMMANDS)
+def test_a_command_that_is_shown_can_be_given(command: str) -> None:
+    words = shlex.split(command.partition("#")[0].removesuffix("&"))
+    name = words[1]
+    subcommand = cli.get_command(click.Context(cli), name)
+
+    assert subcommand is not None, f"no such subcommand: {name}"
+    # Files that are named needn't exist here, so options are looked up rather than parsed.
+    options = {option for parameter in subcommand.params for option in parameter.opts}
+    ours = words[2 : words.index("--") if "--" in words else None]
+    assert [w for w in ours if w.startswith("-") and w.partition("=")[0] not in options] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_documented(name: str) -> None:
+    subcommand = cli.get_command(click.Context(cli), name)
+    page = PAGES["docs/command.md"]
+    section = re.search(rf"^## viommu {name}$(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+
+    assert subcommand is not None
+    assert section is not None
+    options = [parameter.opts[-1] for parameter in subcommand.params]
+    assert [option for option in options if f"`{option}" not in section[1]] == []
+
+
+def test_every_exit_code_is_documented_with_its_meaning() -> None:
+    documented = re.findall(r"^\| (\d+) \| (.*) \|$", PAGES["docs/command.md"], re.MULTILINE)
+
+    assert {int(code): meaning for code, meaning in documented} == EXIT_CODES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_that_is_shown_exists(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^\.PHONY: (\S+)$", makefile, re.MULTILINE)
+    shown = re.findall(r"`make ([a-z-]+)`", PAGES[page])
+    shown += [c.split()[1] for c in shell_commands(page) if c.startswith("make ")]
+
+    assert set(shown) <= set(targets)
