@@ -80,7 +80,7 @@ def test_every_option_of_a_command_is_documented(name: str) -> None:
 
     assert subcommand is not None
     assert section is not None
-    options = [parameter.opts[-1] for parameter in subcommand.params]
+    options = [p.opts[0] for p in subcommand.params if isinstance(p, click.Option)]
     assert [option for option in options if f"`{option}" not in section[1]] == []
 
 
