@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS: Final = {
+    "serve": "Serve a virtio-iommu and endpoints behind it to a virtual machine.",
+    "run": "Serve, and run QEMU with the right arguments until the guest ends.",
+    "inspect": "Show domains, endpoints, mappings and counters of a running server.",
     "viot": "Build or read the ACPI table that tells a guest what is behind the IOMMU.",
     "doctor": "Say what this host can do, and what is missing.",
 }

@@ -13,7 +13,14 @@ from viommu.vmm import Bdf
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["EndpointArgument", "parse_endpoint", "parse_page_sizes", "parse_size", "parsed"]
+__all__ = [
+    "EndpointArgument",
+    "parse_endpoint",
+    "parse_limit",
+    "parse_page_sizes",
+    "parse_size",
+    "parsed",
+]
 
 _SIZE: Final = re.compile(r"(\d+)(?:([KMGT])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
 _SHIFT: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
@@ -86,3 +93,15 @@ def parse_endpoint(text: str) -> EndpointArgument:
             f"{text!r} is not an endpoint: write BUS:DEVICE.FUNCTION=KIND as 00:06.0=edu"
         )
     return EndpointArgument(Bdf.parse(address), spec)
+
+
+def parse_limit(text: str) -> tuple[str, int]:
+    """Return the name and the number of ``mappings=65536``; a number can be ``64K``.
+
+    Raises:
+        UsageError: There is no ``=``, or no number after it.
+    """
+    name, equals, number = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"{text!r} is not a limit: write NAME=NUMBER as mappings=65536")
+    return name, parse_size(number)

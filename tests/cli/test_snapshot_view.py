@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from viommu.cli.snapshot_view import view
+
+SNAPSHOT: dict[str, Any] = {
+    "version": "1.2.3",
+    "pid": 4711,
+    "directory": "/run/v",
+    "choices": {"page sizes": "0x1000", "polling": "off"},
+    "iommu": {
+        "bdf": "00:05.0",
+        "bypass": False,
+        "connected": True,
+        "waiting": True,
+        "counters": {"requests": 12, "refused": 3},
+    },
+    "domains": [
+        {
+            "id": 7,
+            "kind": "translating",
+            "endpoints": ["48", "56"],
+            "mappings": 3,
+            "bytes": 0x3000,
+            "protections": {"rw": 2, "r": 1},
+        }
+    ],
+    "endpoints": [
+        {
+            "bdf": "00:06.0",
+            "id": 48,
+            "description": "edu",
+            "connected": True,
+            "kind": "translating",
+            "domain": 7,
+            "session": "open",
+            "held": [[0x1000, 4096, 1], [0x8000, 100, 2]],
+            "counters": {"blocked accesses": 5},
+        },
+        {
+            "bdf": "00:07.0",
+            "id": 56,
+            "description": "blk,path=disk.img",
+            "connected": False,
+            "kind": "blocked",
+            "domain": None,
+            "session": "none",
+            "held": [],
+            "counters": {"blocked accesses": 0},
+        },
+    ],
+}
+
+
+def shown(snapshot: dict[str, Any], width: int = 100) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(view(snapshot))
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+
+def test_everything_is_shown() -> None:
+    lines = shown(SNAPSHOT)
+
+    assert lines[0] == "viommu 1.2.3, process 4711, /run/v"
+    assert "page sizes 0x1000" in lines
+    assert "IOMMU 00:05.0 VMM here, bypass off, a request waits for a release" in lines
+    assert "12 requests, 3 refused" in lines
+    assert "7 translating 00:06.0 00:07.0 3 12 KiB 2 rw, 1 r" in lines
+    assert "00:06.0 0x30 here translating 7 open 0x1000 4 KiB edu" in lines
+    assert "0x8000 100 bytes x2" in lines
+    assert "00:07.0 0x38 away blocked - none - blk,path=disk.img" in lines
+    assert "00:06.0 5" in lines
+    assert "00:07.0 0" in lines
+
+
+def test_nothing_to_show_is_said() -> None:
+    snapshot = copy.deepcopy(SNAPSHOT)
+    snapshot["domains"] = snapshot["endpoints"] = []
+    snapshot["iommu"]["waiting"] = False
+
+    lines = shown(snapshot)
+
+    assert "No domain: the guest has attached nothing." in lines
+    assert "No endpoint is behind this IOMMU." in lines
+    assert "IOMMU 00:05.0 VMM here, bypass off, no request waits" in lines
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_any_terminal_will_do(width: int) -> None:
+    assert max(map(len, shown(SNAPSHOT, width))) <= width
+
+
+@pytest.mark.parametrize("key", SNAPSHOT)
+def test_another_shape_raises(key: str) -> None:
+    snapshot = copy.deepcopy(SNAPSHOT)
+    del snapshot[key]
+
+    with pytest.raises(KeyError):
+        view(snapshot)

@@ -1,0 +1,138 @@
+"""A server's snapshot as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from viommu.cli.iova_picture import about
+from viommu.vmm import Bdf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import JustifyMethod
+
+__all__ = ["view"]
+
+_STYLES = {"blocked": "red", "bypass": "yellow", "translating": "green"}
+
+
+def view(snapshot: Mapping[str, Any]) -> Group:
+    """Return the tables for what :meth:`viommu.machine.Machine.snapshot` returned.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: It is of another shape.
+    """
+    head = Text.assemble(
+        ("viommu ", "bold"),
+        (str(snapshot["version"]), "bold"),
+        f", process {snapshot['pid']}, {snapshot['directory']}",
+    )
+    return Group(
+        head,
+        _choices(snapshot["choices"]),
+        _iommu(snapshot["iommu"]),
+        _domains(snapshot["domains"]),
+        _endpoints(snapshot["endpoints"]),
+        _counters(snapshot["endpoints"]),
+    )
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = (), wrap: str = "") -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    for column in columns:
+        justify: JustifyMethod = "right" if column in right else "left"
+        table.add_column(column, justify=justify, no_wrap=column != wrap)
+    return table
+
+
+def _choices(choices: Mapping[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in choices.items():
+        grid.add_row(Text(name, style="dim"), Text(value))
+    return grid
+
+
+def _iommu(iommu: Mapping[str, Any]) -> Text:
+    waiting = iommu["waiting"]
+    counters = ", ".join(f"{value} {name}" for name, value in iommu["counters"].items())
+    return Text.assemble(
+        ("\nIOMMU ", "bold"),
+        (str(iommu["bdf"]), "bold"),
+        "  VMM ",
+        _connected(iommu["connected"]),
+        f", bypass {'on' if iommu['bypass'] else 'off'}, ",
+        ("a request waits for a release", "magenta") if waiting else "no request waits",
+        f"\n{counters}\n",
+    )
+
+
+def _domains(domains: list[Mapping[str, Any]]) -> Table | Text:
+    if not domains:
+        return Text("No domain: the guest has attached nothing.\n", style="dim")
+    table = _table(
+        "Domains", "id", "kind", "endpoints", "mappings", "size", "access",
+        right=("id", "mappings", "size"), wrap="endpoints",
+    )  # fmt: skip
+    for domain in domains:
+        table.add_row(
+            str(domain["id"]),
+            _kind(domain["kind"]),
+            " ".join(str(Bdf.from_number(int(number))) for number in domain["endpoints"]),
+            str(domain["mappings"]),
+            about(domain["bytes"]),
+            ", ".join(f"{count} {prot}" for prot, count in domain["protections"].items()),
+        )
+    return table
+
+
+def _endpoints(endpoints: list[Mapping[str, Any]]) -> Table | Text:
+    if not endpoints:
+        return Text("No endpoint is behind this IOMMU.\n", style="dim")
+    table = _table(
+        "Endpoints", "address", "id", "VMM", "state", "domain", "session", "holds", "what",
+        right=("domain",), wrap="what",
+    )  # fmt: skip
+    for endpoint in endpoints:
+        domain = endpoint["domain"]
+        table.add_row(
+            endpoint["bdf"],
+            f"{endpoint['id']:#x}",
+            _connected(endpoint["connected"]),
+            _kind(endpoint["kind"]),
+            "-" if domain is None else str(domain),
+            endpoint["session"],
+            "\n".join(_held(held) for held in endpoint["held"]) or "-",
+            endpoint["description"],
+        )
+    return table
+
+
+def _counters(endpoints: list[Mapping[str, Any]]) -> Table | Text:
+    if not endpoints:
+        return Text()
+    names = list(endpoints[0]["counters"])
+    table = _table("Counters", "address", *names, right=tuple(names))
+    for endpoint in endpoints:
+        table.add_row(endpoint["bdf"], *(str(endpoint["counters"][name]) for name in names))
+    return table
+
+
+def _held(held: list[int]) -> str:
+    iova, size, count = held
+    times = f" x{count}" if count > 1 else ""
+    return f"{iova:#x} {about(size)}{times}"
+
+
+def _connected(connected: bool) -> Text:  # noqa: FBT001  # one word of JSON
+    return Text("here", style="green") if connected else Text("away", style="dim")
+
+
+def _kind(kind: str) -> Text:
+    return Text(kind, style=_STYLES.get(kind, ""))
