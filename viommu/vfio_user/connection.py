@@ -1,0 +1,151 @@
+"""Messages over a UNIX stream socket that never blocks, file descriptors included."""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from viommu.vfio_user.protocol import MessageReader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from viommu.vfio_user.protocol import Message
+
+__all__ = ["Connection", "Received", "peer_process", "receive", "send"]
+
+# Peers send at most 16 file descriptors with a message; the kernel closes what is too many.
+_MAX_FDS: Final = 16
+_ANCILLARY: Final = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+_CHUNK: Final = 1 << 16  # recvmsg allocates what it is asked for, not what has arrived
+_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
+
+
+class Received(NamedTuple):
+    """What one read brought: ``data`` (empty at the end), and open ``fds`` that came with it."""
+
+    data: bytes
+    fds: list[int]
+    truncated: bool
+
+
+def receive(sock: socket.socket, size: int) -> Received:
+    """Read at most ``size`` bytes, with the file descriptors that were sent with them.
+
+    Raises:
+        OSError: As recvmsg; BlockingIOError when a non-blocking socket has nothing.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(min(size, _CHUNK), _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return Received(data, fds.tolist(), bool(flags & socket.MSG_CTRUNC))
+
+
+def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:
+    """Send what fits, ``fds`` with its first byte; return how many bytes went.
+
+    Raises:
+        OSError: As sendmsg; BlockingIOError when nothing fits.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+def peer_process(sock: socket.socket) -> int:
+    """Return the id of the process that connected, 0 if it isn't known in our namespace."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(raw)[0])
+
+
+class Connection:
+    """One client's socket; owned, and made non-blocking.
+
+    A message is handed to the kernel whole, so its header is never split (QEMU
+    gives up on a connection that does so); what doesn't fit follows later, and
+    meanwhile :attr:`backlog` says that nothing more should be read.
+    """
+
+    def __init__(self, sock: socket.socket, max_message: int) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._reader = MessageReader(max_message)
+        self._queue: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+
+    def fileno(self) -> int:
+        """Return the socket's file descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    @property
+    def backlog(self) -> bool:
+        """Return whether something waits until the peer reads."""
+        return bool(self._queue)
+
+    @property
+    def hung_up(self) -> bool:
+        """Return whether the peer has closed its end; what it sent may still be unread."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def receive(self) -> Message | None:
+        """Return the next complete message, ``None`` when it hasn't arrived yet.
+
+        Raises:
+            EOFError: The peer has closed the connection, or it broke.
+            MessageSizeError: A header with an impossible size.
+        """
+        while True:
+            try:
+                data, fds, truncated = receive(self._sock, self._reader.wanted)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise EOFError(str(error)) from error
+            if not data and not fds:
+                raise EOFError("closed by the peer" + ("" if self._reader.empty else ", halfway"))
+            message = self._reader.feed(data, fds, truncated=truncated)
+            if message is not None:
+                return message
+
+    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Send one message, or as much as fits, and queue the rest.
+
+        Raises:
+            EOFError: The connection is broken.
+        """
+        self._queue.append((memoryview(data), fds))
+        if len(self._queue) == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as it fits.
+
+        Raises:
+            EOFError: The connection is broken.
+        """
+        while self._queue:
+            data, fds = self._queue[0]
+            try:
+                sent = send(self._sock, data, fds)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise EOFError(str(error)) from error
+            if sent < len(data):
+                self._queue[0] = (data[sent:], ())
+            else:
+                self._queue.popleft()
+
+    def close(self) -> None:
+        """Close the socket, and the file descriptors of a message that wasn't completed."""
+        for fd in self._reader.take_fds():
+            os.close(fd)
+        self._queue.clear()
+        self._sock.close()

@@ -1,0 +1,408 @@
+"""One client's conversation with a device: a message in, at most one reply out. No sockets.
+
+Errors are those that libvfio-user answers, see the tests. A message is validated
+as a whole before the device or guest memory see any of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from viommu.errors import InternalError, MemoryNotShared, PeerError, ViommuError
+from viommu.spec import vfio
+from viommu.spec import vfio_user as spec
+from viommu.spec.vfio_user import Command
+from viommu.vfio_user.irqs import IrqLines
+from viommu.vfio_user.protocol import (
+    Capabilities,
+    Message,
+    MessageSizeError,
+    command_message,
+    errno_of,
+    error_reply,
+    negotiate,
+    reply_message,
+)
+from viommu.vfio_user.region_info import encode_region_info
+from viommu.vfio_user.sharing import (
+    SharingProbe,
+    Verdict,
+    look_at_peer,
+    why_out_of_reach,
+    why_private,
+)
+
+if TYPE_CHECKING:
+    import struct
+    from collections.abc import Callable
+
+    from viommu.memory import MappedFiles
+    from viommu.vfio_user.served import IrqInfo, RegionInfo, ServedDevice
+
+__all__ = ["Answer", "ServerLimits", "Session", "SessionCounters"]
+
+_LOG: Final = logging.getLogger("viommu.vfio_user")
+
+_MAX_ARGSZ: Final = 1 << 20  # libvfio-user's bound on the replies it builds
+_DMA_MAP_FLAGS: Final = (
+    spec.DMA_MAP_F_READ | spec.DMA_MAP_F_WRITE | spec.DMA_MAP_F_MMAP | spec.DMA_MAP_F_FILE_IO
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a client can make a server hold or wait for; sizes in bytes, times in seconds."""
+
+    max_message: int = spec.MAX_MESSAGE
+    max_data_transfer: int = spec.MAX_DATA_TRANSFER
+    max_msg_fds: int = 8
+    max_dma_size: int = 8 << 40
+    #: A client that has not said which version it speaks by then is dropped.
+    negotiation_time: float = 10.0
+    #: How many messages are handled before other sockets get their turn.
+    messages_per_turn: int = 64
+    #: How many refused messages of one client are logged.
+    logged_refusals: int = 16
+
+
+@dataclass(slots=True)
+class SessionCounters:
+    """What has happened; the counts go on across clients."""
+
+    messages: int = 0
+    posted: int = 0
+    refused: int = 0
+    dma_maps: int = 0
+    dma_unmaps: int = 0
+    resets: int = 0
+    internal_errors: int = 0
+
+
+class Answer(NamedTuple):
+    """What to send: ``data`` in one go with ``fds``, which stay the device's."""
+
+    data: bytes
+    fds: tuple[int, ...] = ()
+    hang_up: bool = False
+
+
+class _Result(NamedTuple):
+    payload: bytes = b""
+    fds: tuple[int, ...] = ()
+
+
+class Session:
+    """Serves ``device`` to one client, from its VERSION to its departure.
+
+    ``peer`` is the client's process, 0 if unknown. ``refuse`` is told, once,
+    why the client's memory can't be used.
+    """
+
+    def __init__(
+        self,
+        device: ServedDevice,
+        files: MappedFiles,
+        limits: ServerLimits,
+        counters: SessionCounters,
+        *,
+        peer: int = 0,
+        refuse: Callable[[str], None],
+    ) -> None:
+        self.ready = False
+        self.capabilities = Capabilities()
+        self._device = device
+        self._memory = device.memory
+        self._files = files
+        self._limits = limits
+        self._counters = counters
+        self._peer = peer
+        self._refuse = refuse
+        self._refusals = 0
+        self._regions: list[RegionInfo] = []
+        self._irqs: list[IrqInfo] = []
+        self._lines = IrqLines(())
+        self._probe = SharingProbe(device.memory, enabled=False)
+        self._next_id = 0
+        self._reading: tuple[int, int, int] | None = None  # id, address, size
+        self._handlers: dict[int, Callable[[Message], _Result]] = {
+            Command.DMA_MAP: self._dma_map,
+            Command.DMA_UNMAP: self._dma_unmap,
+            Command.DEVICE_GET_INFO: self._get_info,
+            Command.DEVICE_GET_REGION_INFO: self._get_region_info,
+            Command.DEVICE_GET_REGION_IO_FDS: self._get_region_io_fds,
+            Command.DEVICE_GET_IRQ_INFO: self._get_irq_info,
+            Command.DEVICE_SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.DEVICE_RESET: self._reset,
+        }
+
+    def handle(self, message: Message) -> Answer | None:
+        """Do what a message asks; its file descriptors are kept or closed.
+
+        ``None``: the client expects no reply, and one would break its stream.
+        """
+        self._counters.messages += 1
+        fds: tuple[int, ...] = ()
+        hang_up = False
+        try:
+            if message.kind == spec.F_TYPE_REPLY and self._reading is not None:
+                return self._take_reply(message)
+            result = self._dispatch(message)
+        except ViommuError as error:
+            data = error_reply(message, self._refused(message, error))
+            hang_up = not self.ready  # a failed negotiation ends the connection
+        except Exception:  # noqa: BLE001 - see _defect
+            self._defect()
+            data = error_reply(message, errno.EIO)
+        else:
+            data, fds = reply_message(message, result.payload), result.fds
+        finally:
+            for fd in message.fds:
+                os.close(fd)
+            message.fds.clear()
+        if message.no_reply:
+            self._counters.posted += 1
+            return Answer(b"", hang_up=True) if hang_up else None
+        return Answer(data, fds, hang_up)
+
+    def reject(self, error: MessageSizeError) -> Answer:
+        """Answer a message whose header is impossible."""
+        message = error.message
+        for fd in message.fds:
+            os.close(fd)
+        message.fds.clear()
+        self._counters.messages += 1
+        data = error_reply(message, self._refused(message, error))
+        return Answer(b"" if message.no_reply else data, hang_up=error.lost or not self.ready)
+
+    def suspect_memory(self, gpa: int | None = None) -> None:
+        """Have guest memory (the page at ``gpa``) compared with what the client sees."""
+        self._probe.suspect(gpa)
+
+    def next_command(self) -> bytes | None:
+        """Return a command to send to the client when all its commands are answered."""
+        if not self.ready or (wanted := self._probe.next_read()) is None:
+            return None
+        ident = self._next_id
+        self._next_id = (ident + 1) & 0xFFFF
+        self._reading = (ident, *wanted)
+        return command_message(ident, Command.DMA_READ, spec.DMA_ACCESS.pack(*wanted))
+
+    def close(self) -> None:
+        """The client has gone: quiesce the device, then drop memory and interrupts."""
+        try:
+            if self.ready:
+                self._device.disconnect()
+        except Exception:  # noqa: BLE001 - see _defect
+            self._defect()
+        finally:
+            self.ready = False
+            self._memory.unmap_all()
+            self._lines.close()
+
+    def _refused(self, message: Message, error: ViommuError) -> int:
+        self._counters.refused += 1
+        self._refusals += 1
+        if self._refusals <= self._limits.logged_refusals:
+            _LOG.warning("%s: command %d refused: %s", self._device.name, message.command, error)
+        return errno_of(error)
+
+    def _defect(self) -> None:
+        """Note a defect of ours: met by one client, it must not take the other devices down."""
+        self._counters.internal_errors += 1
+        _LOG.exception("%s: internal error, please report it", self._device.name)
+
+    def _dispatch(self, message: Message) -> _Result:
+        if message.kind != spec.F_TYPE_COMMAND:
+            raise _invalid(f"a message of type {message.kind} is not expected")
+        if message.truncated:
+            raise _invalid("file descriptors were lost: too many in a message, or open here")
+        if not self.ready:
+            return self._version(message)
+        handler = self._handlers.get(message.command)
+        if handler is None:
+            raise _invalid(f"command {message.command} is not known here")
+        return handler(message)
+
+    def _version(self, message: Message) -> _Result:
+        if message.command != Command.VERSION:
+            raise _invalid(f"command {message.command} came before the version")
+        ours = Capabilities(self._limits.max_msg_fds, self._limits.max_data_transfer)
+        self.capabilities, payload = negotiate(message.payload, ours)
+        device = self._device
+        self._regions = [device.region_info(i) for i in range(device.num_regions)]
+        self._irqs = [device.irq_info(i) for i in range(device.num_irqs)]
+        self._lines = IrqLines([info.count for info in self._irqs])
+        self._probe = SharingProbe(self._memory, enabled=self.capabilities.serves_dma)
+        device.connect(self._lines)
+        self.ready = True
+        return _Result(payload)
+
+    def _dma_map(self, message: Message) -> _Result:
+        argsz, flags, offset, gpa, size = _unpack(message, spec.DMA_MAP)
+        _check_argsz(argsz, spec.DMA_MAP.size)
+        if flags & ~_DMA_MAP_FLAGS:
+            raise _invalid(f"flags {flags:#x} are not known")
+        if flags & (spec.DMA_MAP_F_MMAP | spec.DMA_MAP_F_FILE_IO) and not message.fds:
+            raise _invalid(f"flags {flags:#x} need a file descriptor")
+        if flags & spec.DMA_MAP_F_FILE_IO and not flags & spec.DMA_MAP_F_MMAP:
+            raise PeerError(errno.ENOTSUP, "memory is mapped here, not read and written by file")
+        if gpa + size > 1 << 64:
+            raise _invalid(f"region of {size:#x} bytes at {gpa:#x} passes the end of the space")
+        if size > self._limits.max_dma_size:
+            limit = self._limits.max_dma_size
+            raise PeerError(errno.ENOSPC, f"region of {size:#x} bytes is larger than {limit:#x}")
+        readable, writable = bool(flags & spec.DMA_MAP_F_READ), bool(flags & spec.DMA_MAP_F_WRITE)
+        if not size:  # maps nothing, and is not an error to libvfio-user
+            return _Result()
+        file = None
+        if message.fds:
+            file = self._files.get(message.fds[0], offset, size, writable=writable)
+        try:
+            self._memory.map(
+                gpa, size, readable=readable, writable=writable, file=file, offset=offset
+            )
+        except ViommuError:
+            if file is not None:
+                file.close()
+            raise
+        self._counters.dma_maps += 1
+        return _Result()
+
+    def _dma_unmap(self, message: Message) -> _Result:
+        argsz, flags, gpa, size = _unpack(message, spec.DMA_UNMAP)
+        _check_argsz(argsz, spec.DMA_UNMAP.size)
+        if argsz > _MAX_ARGSZ:
+            raise _invalid(f"argsz {argsz} is more than {_MAX_ARGSZ}")
+        if flags & ~spec.DMA_UNMAP_F_ALL:  # nobody can ask for a dirty bitmap
+            raise _invalid(f"flags {flags:#x} are not known")
+        if flags:
+            if gpa or size:
+                raise _invalid(f"everything, but also [{gpa:#x}, {gpa + size:#x})")
+            self._memory.unmap_all()
+        else:
+            self._memory.unmap(gpa, size)
+        self._counters.dma_unmaps += 1
+        return _Result(message.payload[: spec.DMA_UNMAP.size])
+
+    def _get_info(self, message: Message) -> _Result:
+        argsz, *_ = _unpack(message, spec.DEVICE_INFO)
+        _check_argsz(argsz, spec.DEVICE_INFO.size)
+        self._check_memory()
+        flags = vfio.DEVICE_FLAGS_PCI | vfio.DEVICE_FLAGS_RESET
+        counts = len(self._regions), len(self._irqs)
+        return _Result(spec.DEVICE_INFO.pack(spec.DEVICE_INFO.size, flags, *counts))
+
+    def _check_memory(self) -> None:
+        """Refuse a client whose RAM is out of reach: QEMU has mapped all of it by GET_INFO."""
+        regions = self._memory.regions()
+        why = why_out_of_reach(regions)
+        if why is None and regions and self._probe.verdict is Verdict.UNKNOWN:
+            self._probe.verdict = look_at_peer(self._peer, regions)
+            self._peer = 0  # one look a client: the answer may be long
+        if self._probe.verdict is Verdict.PRIVATE:
+            why = why_private()
+        if why is not None:
+            self._refuse(why)
+            raise MemoryNotShared(why)
+
+    def _get_region_info(self, message: Message) -> _Result:
+        argsz, _, index, *_ = _unpack(message, vfio.REGION_INFO)
+        _check_argsz(argsz, vfio.REGION_INFO.size)
+        info = self._region(index)
+        payload, complete = encode_region_info(info, index, argsz)
+        return _Result(payload, () if info.fd is None or not complete else (info.fd,))
+
+    def _get_region_io_fds(self, message: Message) -> _Result:
+        argsz, flags, index, count = _unpack(message, spec.REGION_IO_FDS)
+        _check_argsz(argsz, spec.REGION_IO_FDS.size)
+        if argsz > _MAX_ARGSZ or flags or count:
+            raise _invalid(f"argsz {argsz}, flags {flags:#x}, count {count}")
+        if not self._region(index).size:
+            raise _invalid(f"region {index} isn't there")
+        return _Result(spec.REGION_IO_FDS.pack(spec.REGION_IO_FDS.size, 0, index, 0))
+
+    def _get_irq_info(self, message: Message) -> _Result:
+        argsz, _, index, _ = _unpack(message, vfio.IRQ_INFO)
+        _check_argsz(argsz, vfio.IRQ_INFO.size)
+        if index >= len(self._irqs):
+            raise _invalid(f"interrupt index {index} is not below {len(self._irqs)}")
+        info = self._irqs[index]
+        return _Result(vfio.IRQ_INFO.pack(vfio.IRQ_INFO.size, info.flags, index, info.count))
+
+    def _set_irqs(self, message: Message) -> _Result:
+        self._lines.set_irqs(message.payload, message.fds)
+        return _Result()
+
+    def _region_read(self, message: Message) -> _Result:
+        offset, region, count = _unpack(message, spec.REGION_ACCESS)
+        self._check_access(offset, region, count)
+        data = self._device.region_read(region, offset, count) if count else b""
+        if len(data) != count:
+            raise InternalError(f"{len(data)} bytes were read instead of {count}")
+        return _Result(message.payload[: spec.REGION_ACCESS.size] + data)
+
+    def _region_write(self, message: Message) -> _Result:
+        offset, region, count = _unpack(message, spec.REGION_ACCESS)
+        data = message.payload[spec.REGION_ACCESS.size :]
+        if len(data) != count:
+            raise _invalid(f"{len(data)} bytes of data where {count} were announced")
+        self._check_access(offset, region, count)
+        if region < vfio.PCI_NUM_BARS:
+            self._probe.touched()
+        if count:
+            self._device.region_write(region, offset, data)
+        return _Result(message.payload[: spec.REGION_ACCESS.size])
+
+    def _check_access(self, offset: int, region: int, count: int) -> None:
+        size = self._region(region).size
+        if not size or offset + count > size:
+            raise _invalid(f"[{offset:#x}, {offset + count:#x}) of region {region}, size {size:#x}")
+        if count > self._limits.max_data_transfer:
+            raise _invalid(f"{count} bytes are more than {self._limits.max_data_transfer}")
+
+    def _reset(self, _message: Message) -> _Result:
+        self._counters.resets += 1
+        self._device.reset()
+        return _Result()
+
+    def _region(self, index: int) -> RegionInfo:
+        if index >= len(self._regions):
+            raise _invalid(f"region {index} is not below {len(self._regions)}")
+        return self._regions[index]
+
+    def _take_reply(self, message: Message) -> Answer | None:
+        """Take the reply to our DMA_READ, the only command that is ever sent."""
+        assert self._reading is not None  # noqa: S101 - the caller looked
+        ident, gpa, size = self._reading
+        if message.id != ident or message.command != Command.DMA_READ:
+            raise _invalid(f"a reply to message {message.id}, which was not sent")
+        self._reading = None
+        data = None
+        head = spec.DMA_ACCESS.pack(gpa, size)
+        if not message.flags & spec.F_ERROR and message.payload.startswith(head):
+            data = message.payload[len(head) :]
+        if self._probe.answer(data) is not Verdict.PRIVATE:
+            return None
+        self._refuse(why_private())
+        return Answer(b"", hang_up=True)
+
+
+def _unpack(message: Message, codec: struct.Struct) -> tuple[int, ...]:
+    if len(message.payload) < codec.size:
+        raise _invalid(f"{len(message.payload)} bytes of payload, {codec.size} are needed")
+    return codec.unpack_from(message.payload)
+
+
+def _check_argsz(argsz: int, least: int) -> None:
+    if argsz < least:
+        raise _invalid(f"argsz {argsz} is less than {least}")
+
+
+def _invalid(why: str) -> PeerError:
+    return PeerError(errno.EINVAL, why)
