@@ -44,6 +44,14 @@ def test_every_argument() -> None:
     ]
 
 
+def test_firmware_is_kept_from_disks_that_it_can_not_reach() -> None:
+    arguments = qemu_arguments(
+        sockets("00:05.0"), Path("/v/viot.aml"), memory=None, blocked_at_boot=True
+    )
+
+    assert arguments[2:4] == ["-boot", "strict=on"]
+
+
 def test_without_memory_the_caller_shares_it() -> None:
     arguments = qemu_arguments(sockets("00:05.0"), Path("/v/viot.aml"), memory=None)
 

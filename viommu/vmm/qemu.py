@@ -76,7 +76,9 @@ def check_directory(directory: Path) -> None:
         )
 
 
-def qemu_arguments(sockets: Mapping[Bdf, Path], viot: Path, memory: int | None) -> list[str]:
+def qemu_arguments(
+    sockets: Mapping[Bdf, Path], viot: Path, memory: int | None, *, blocked_at_boot: bool = False
+) -> list[str]:
     """Return the arguments (argv elements) for a q35 machine with these functions.
 
     Args:
@@ -84,6 +86,9 @@ def qemu_arguments(sockets: Mapping[Bdf, Path], viot: Path, memory: int | None) 
         viot: The absolute path of the table of :func:`~viommu.vmm.viot.build_viot`.
         memory: Bytes of guest memory, a multiple of 1 MiB, shared with us as a
             memfd. ``None`` leaves memory to the caller, who must share it.
+        blocked_at_boot: Endpoints reach nothing before a driver attaches them.
+            SeaBIOS must then leave disks alone that it isn't told to boot from: it
+            would wait for ever for the first read.
 
     Raises:
         UsageError: The size of the memory is nothing that a machine can have.
@@ -97,6 +102,8 @@ def qemu_arguments(sockets: Mapping[Bdf, Path], viot: Path, memory: int | None) 
         machine += ",memory-backend=mem"
         arguments = ["-m", size, "-object", f"memory-backend-memfd,id=mem,size={size},share=on"]
     arguments = ["-machine", machine, *arguments]
+    if blocked_at_boot:
+        arguments += ["-boot", "strict=on"]
     # QEMU's option parser ends a value at a comma; a doubled one stands for itself.
     arguments += ["-acpitable", "file=" + os.fspath(viot).replace(",", ",,")]
     crowded = {bdf.device for bdf in sockets if bdf.function}
