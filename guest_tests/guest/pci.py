@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bind", "driver", "group", "group_type", "reserved_regions", "unbind"]
+__all__ = ["bind", "driver", "group", "group_members", "group_type", "reserved_regions", "unbind"]
 
 _DEVICES = Path("/sys/bus/pci/devices")
 
@@ -54,6 +54,12 @@ def group(bdf: str) -> int:
 def group_type(bdf: str) -> str:
     """Return the kind of the group's default domain: ``DMA``, ``DMA-FQ``, ``identity``."""
     return (path(bdf) / "iommu_group/type").read_text().strip()
+
+
+def group_members(bdf: str) -> list[str]:
+    """Return the functions in the function's IOMMU group, itself included."""
+    members = (path(bdf) / "iommu_group/devices").iterdir()
+    return sorted(member.name.removeprefix("0000:") for member in members)
 
 
 def reserved_regions(bdf: str) -> list[tuple[int, int, str]]:

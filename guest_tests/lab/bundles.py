@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 from guest_tests.lab.archive import Archive, Package
 from guest_tests.lab.cache import cache_directory, content_key, locked, staged
 from guest_tests.lab.errors import LabError
+from guest_tests.lab.manifest import BUNDLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guest_tests.lab.manifest import Bundle
 
-__all__ = ["bundle_key", "fetch", "resolved"]
+__all__ = ["bundle_key", "cached_versions", "fetch"]
 
 _RECORD = "RESOLVED.json"
+_FORMAT = 2  # of the record and the tree
 
 
 def fetch(bundles: Sequence[Bundle], *, refresh: bool = False) -> dict[str, Path]:
@@ -46,10 +48,11 @@ def fetch(bundles: Sequence[Bundle], *, refresh: bool = False) -> dict[str, Path
     return {bundle.name: home / bundle.name for bundle in bundles}
 
 
-def resolved(tree: Path) -> dict[str, str]:
-    """Return the versions of the packages in ``tree``, by name."""
-    record = json.loads((tree / _RECORD).read_text())
-    return {name: entry["version"] for name, entry in record["packages"].items()}
+def cached_versions() -> dict[str, str]:
+    """Return what the cache holds: of each bundle by name, its main package and version."""
+    home = cache_directory() / "bundles"
+    complete = (home / name for name, bundle in BUNDLES.items() if _complete(home / name, bundle))
+    return {tree.name: json.loads((tree / _RECORD).read_text())["version"] for tree in complete}
 
 
 def bundle_key(tree: Path) -> str:
@@ -62,7 +65,11 @@ def _complete(tree: Path, bundle: Bundle) -> bool:
         record = json.loads((tree / _RECORD).read_text())
     except FileNotFoundError:
         return False
-    return bool(record["bundle"] == content_key(bundle))
+    return bool(record["bundle"] == _key(bundle))
+
+
+def _key(bundle: Bundle) -> str:
+    return content_key(_FORMAT, bundle)
 
 
 def _fill(stage: Path, bundle: Bundle, archive: Archive) -> None:
@@ -89,7 +96,8 @@ def _fill(stage: Path, bundle: Bundle, archive: Archive) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
     shutil.rmtree(unpacked)
-    record = {"bundle": content_key(bundle), "packages": packages}
+    version = f"{wanted[-1].name} {wanted[-1].version}"  # dependencies come first
+    record = {"bundle": _key(bundle), "version": version, "packages": packages}
     (stage / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

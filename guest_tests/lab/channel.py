@@ -57,13 +57,12 @@ class Channel:
             if "boot" in message:
                 return dict(message["boot"])
 
-    def call(self, function: str, arguments: dict[str, Any], deadline: float) -> Any:
-        """Call ``function`` (``module.name``) in the guest and return its result.
+    def result(self, deadline: float) -> Any:
+        """Wait for the end of the last call and return its result.
 
         Raises:
             GuestCallError: The function raised.
         """
-        self.send(function, arguments)
         while True:
             message = self._next(deadline)
             if "boot" in message:
@@ -71,11 +70,11 @@ class Channel:
             if message.get("id") != self._calls:
                 continue
             if "error" in message:
-                raise GuestCallError(f"{function} raised in the guest\n{message['error']}")
+                raise GuestCallError(message["error"])
             return message["result"]
 
     def send(self, function: str, arguments: dict[str, Any]) -> None:
-        """Call ``function`` in the guest without waiting for an end."""
+        """Call ``function`` (``module.name``) in the guest; :meth:`result` waits for its end."""
         if self._connection is None:
             raise ChannelClosedError
         self._calls += 1

@@ -75,6 +75,7 @@ class VirtualMachine:
         self._directory = directory
         self._console = directory / "console.log"
         self._output = directory / "qemu.log"
+        self._started = ""
         socket = directory / "status.sock"
         socket.unlink(missing_ok=True)
         self._channel = Channel(socket)
@@ -127,17 +128,24 @@ class VirtualMachine:
             GuestCallError: It raised.
             LostVMError: No answer within ``timeout`` seconds, or QEMU ended.
         """
-        try:
-            return self._channel.call(function, arguments, time.monotonic() + timeout)
-        except (ChannelClosedError, ChannelRestartedError, ChannelTimeoutError) as error:
-            raise self._lost(f"{function} didn't answer within {timeout:g} s", error) from error
+        self.start(function, **arguments)
+        return self.finish(timeout)
 
     def start(self, function: str, **arguments: Any) -> None:
-        """Call ``function`` and don't wait: the machine is about to be killed or rebooted."""
+        """Call ``function`` and don't wait; :meth:`finish` does, if there will be an end."""
+        self._started = function
         try:
             self._channel.send(function, arguments)
         except ChannelClosedError as error:
             raise self._lost(f"{function} could not be called", error) from error
+
+    def finish(self, timeout: float = CALL_SECONDS) -> Any:
+        """Wait for the function that was started and return its result; raises as :meth:`call`."""
+        try:
+            return self._channel.result(time.monotonic() + timeout)
+        except (ChannelClosedError, ChannelRestartedError, ChannelTimeoutError) as error:
+            what = f"{self._started} didn't answer within {timeout:g} s"
+            raise self._lost(what, error) from error
 
     def wait_for_boot(self, timeout: float = BOOT_SECONDS) -> dict[str, Any]:
         """Wait until the guest's agent is up, also after a reboot; return what it says."""

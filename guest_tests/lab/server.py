@@ -1,0 +1,108 @@
+"""A ``viommu serve`` for a virtual machine of the lab."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from guest_tests.lab.errors import LabError
+from guest_tests.lab.leash import leashed
+from viommu.control import SOCKET_NAME, ControlClient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+__all__ = ["ViommuServer"]
+
+_STOP_SECONDS = 20.0
+
+
+class ViommuServer:
+    """The real server, in a process of its own; a context manager that ends it.
+
+    ``endpoints`` are what ``--endpoint`` takes, by address; ``options`` go to ``viommu serve`` as
+    they are. It dies with the process that started it.
+
+    Raises:
+        LabError: It ended before it was ready.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        iommu: str,
+        endpoints: Mapping[str, str],
+        *options: str,
+        memory: str = "512M",
+    ) -> None:
+        self.directory = directory
+        self._log = directory.with_name(f"{directory.name}.log")
+        command = [sys.executable, "-m", "viommu.cli.main", "serve", "--dir", str(directory)]
+        command += ["--mem", memory, "--iommu", iommu, *options]
+        for bdf, kind in endpoints.items():
+            command += ["--endpoint", f"{bdf}={kind}"]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                leashed(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == "ready":
+                return
+        status = self._process.wait()
+        self._process.stdout.close()
+        raise LabError(f"viommu serve ended with {status} before it was ready: {self.log()}")
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+    def qemu_arguments(self) -> list[str]:
+        """Return the arguments that connect QEMU."""
+        return (self.directory / "qemu.args").read_text().splitlines()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return its state, as ``viommu inspect --json`` does."""
+        with ControlClient(self.directory / SOCKET_NAME) as client:
+            return client.snapshot()
+
+    def log(self) -> str:
+        """Return what it has printed as errors."""
+        return self._log.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def descriptors(self) -> int:
+        """Return how many file descriptors it has open."""
+        return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+
+    def stop(self) -> int:
+        """End it with SIGTERM; return its exit status, which is 0 when all went well."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            if self._process.stdout is not None:
+                self._process.stdout.close()
