@@ -543,7 +543,12 @@ class VirtioIommu:
         None is given out before the first request of a driver: Linux before 6.16
         follows a null pointer when a fault arrives while it still probes.
         """
-        return self._pending.popleft() if self._pending and self._listening else None
+        return self._pending.popleft() if self.fault_pending else None
+
+    @property
+    def fault_pending(self) -> bool:
+        """Whether :meth:`take_fault` has a report to give."""
+        return self._listening and bool(self._pending)
 
     # -- invariants ---------------------------------------------------------
 
