@@ -1,6 +1,6 @@
 """What a MAP and an UNMAP cost, from the bytes alone to a request in a ring.
 
-Not collected by default: ``pytest tests/benchmarks/bench_requests.py``. A number means
+Runs once as a test; ``make bench`` measures. A number means
 something only beside another one of the same run.
 """
 
