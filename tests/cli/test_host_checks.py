@@ -148,7 +148,9 @@ def test_limits(
 
 
 def fake_qemu(path: Path, version: str) -> str:
-    path.write_text(f"#!/bin/sh\necho QEMU emulator version {version}\n")
+    path.write_text(
+        f"#!/bin/sh\necho QEMU emulator version {version}; echo vfio-user-pci options:\n"
+    )
     path.chmod(0o755)
     return str(path)
 

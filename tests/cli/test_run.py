@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 QEMU = """#!/bin/sh
 case "$*" in
 --version) echo 'QEMU emulator version 11.1.3' ; exit 0 ;;
-"-device vfio-user-pci,help") exit 0 ;;
+"-device vfio-user-pci,help") echo 'vfio-user-pci options:'; exit 0 ;;
 esac
 eval "$SCRIPT"
 """

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 ANSWER = """#!/bin/sh
 case "$1" in
 --version) echo 'QEMU emulator version {version} (Debian 1:{version}+ds-1)' ;;
--device) test "$2" = vfio-user-pci,help && exit {code} ;;
+-device) test "$2" = "{device},help" && echo "$2 options:" | sed s/,help// ;;
 esac
+exit 0
 """
 
 
@@ -25,8 +26,8 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def qemu(directory: Path, version: str = "11.1.3", code: int = 0) -> Path:
-    return program(directory / "qemu-system-x86_64", ANSWER.format(version=version, code=code))
+def qemu(directory: Path, version: str = "11.1.3", device: str = "vfio-user-pci") -> Path:
+    return program(directory / "qemu-system-x86_64", ANSWER.format(version=version, device=device))
 
 
 def test_the_explicit_one_wins_then_the_environment_then_path(tmp_path: Path) -> None:
@@ -66,15 +67,15 @@ def test_it_is_asked_for_version_and_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "code", "message"),
+    ("version", "device", "message"),
     [
-        ("10.1.0", 0, "is QEMU 10.1.0 and 10.1.1 or newer is needed"),
-        ("7.2.19", 1, "is QEMU 7.2.19 and"),
-        ("11.0.0", 1, "has no vfio-user-pci device"),
+        ("10.1.0", "vfio-user-pci", "is QEMU 10.1.0 and 10.1.1 or newer is needed"),
+        ("7.2.19", "edu", "is QEMU 7.2.19 and"),
+        ("11.0.0", "edu", "has no vfio-user-pci device"),
     ],
 )
-def test_what_it_cannot_do(version: str, code: int, message: str, tmp_path: Path) -> None:
-    found = probe_qemu(qemu(tmp_path, version, code))
+def test_what_it_cannot_do(version: str, device: str, message: str, tmp_path: Path) -> None:
+    found = probe_qemu(qemu(tmp_path, version, device))
 
     with pytest.raises(UnsuitableQemuError, match=message):
         found.require()

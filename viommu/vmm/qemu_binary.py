@@ -95,8 +95,9 @@ def probe_qemu(path: Path) -> Qemu:
             f"{said!r}): name another with --qemu or {_VARIABLE}"
         )
     major, minor, micro = (int(part) for part in match.groups())
+    # QEMU's exit code is 0 for a device it doesn't have, too.
     device = _ask(path, "-device", "vfio-user-pci,help")
-    return Qemu(path, (major, minor, micro), vfio_user=device.returncode == 0)
+    return Qemu(path, (major, minor, micro), vfio_user="vfio-user-pci options:" in device.stdout)
 
 
 def _ask(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
