@@ -138,13 +138,6 @@ class Peer:
         self.turn()
 
 
-@pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before, "file descriptors leaked"
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

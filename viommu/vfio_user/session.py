@@ -209,7 +209,9 @@ class Session:
         self._counters.refused += 1
         self._refusals += 1
         if self._refusals <= self._limits.logged_refusals:
-            _LOG.warning("%s: command %d refused: %s", self._device.name, message.command, error)
+            # The text, not the error: a log that keeps records must not keep guest memory mapped.
+            name, command, why = self._device.name, message.command, str(error)
+            _LOG.warning("%s: command %d refused: %s", name, command, why)
         return errno_of(error)
 
     def _defect(self) -> None:
