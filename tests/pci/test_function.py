@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from viommu.errors import UsageError
@@ -7,7 +9,9 @@ from viommu.memory import GuestMemory
 from viommu.pci import Identity, PciFunction, ResetKind
 from viommu.spec import pci as spec
 from viommu.spec import vfio
-from viommu.vfio_user.served import ServedDevice
+
+if TYPE_CHECKING:
+    from viommu.vfio_user.served import ServedDevice
 
 CONFIG = vfio.PCI_CONFIG_REGION_INDEX
 
