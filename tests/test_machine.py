@@ -1,0 +1,148 @@
+"""A machine: what it makes, tells and takes away again. Traffic is in tests/endpoints."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from viommu.device import IommuConfig
+from viommu.errors import UsageError
+from viommu.loop import Loop
+from viommu.machine import Machine, MachineOptions
+from viommu.vmm import Bdf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+IOMMU = Bdf.parse("00:05.0")
+EDU = Bdf.parse("00:06.0")
+BLK = Bdf.parse("00:07.0")
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def options(directory: Path, *endpoints: tuple[Bdf, str], bypass: bool = False) -> MachineOptions:
+    return MachineOptions(directory, IOMMU, endpoints, IommuConfig(boot_bypass=bypass))
+
+
+def sockets(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_socket())
+
+
+def test_a_socket_for_each_function_until_it_is_closed(
+    loop: Loop, tmp_path: Path, image: Path
+) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu"), (BLK, f"blk,path={image}")))
+
+    assert sockets(tmp_path) == ["00:05.0.sock", "00:06.0.sock", "00:07.0.sock"]
+    for name in sockets(tmp_path):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / name))
+    machine.close()
+    machine.close()
+    assert sockets(tmp_path) == []
+
+
+def test_the_endpoint_id_is_the_pci_address(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu")))
+
+    assert set(machine.iommu.endpoints) == {0x30}
+    machine.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "message"),
+    [
+        ([(IOMMU, "edu")], "both the IOMMU and an endpoint"),
+        ([(EDU, "edu"), (EDU, "edu")], "two endpoints"),
+        ([(EDU, "edu"), (BLK, "floppy")], "floppy"),
+        ([(EDU, "edu"), (BLK, "blk,path=/nonexistent/disk")], "/nonexistent/disk"),
+    ],
+)
+def test_a_machine_that_can_not_be_made_leaves_nothing(
+    loop: Loop, tmp_path: Path, endpoints: list[tuple[Bdf, str]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Machine(loop, options(tmp_path, *endpoints))
+    assert sockets(tmp_path) == []
+
+
+def test_two_machines_do_not_share_a_disk(loop: Loop, tmp_path: Path, image: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = Machine(loop, options(tmp_path / "one", (BLK, f"blk,path={image}")))
+
+    with pytest.raises(UsageError, match="in use"):
+        Machine(loop, options(tmp_path / "two", (BLK, f"blk,path={image}")))
+    one.close()
+    Machine(loop, options(tmp_path / "two", (BLK, f"blk,path={image}"))).close()
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_the_snapshot_is_json_and_says_where_endpoints_are(
+    loop: Loop, tmp_path: Path, bypass: bool
+) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu"), bypass=bypass))
+
+    snapshot = json.loads(json.dumps(machine.snapshot()))
+
+    assert snapshot["iommu"]["bypass"] is bypass
+    assert snapshot["domains"] == []
+    (endpoint,) = snapshot["endpoints"]
+    assert endpoint["id"] == 0x30
+    assert endpoint["kind"] == ("bypass" if bypass else "blocked")
+    assert endpoint["held"] == []
+    assert snapshot["choices"]["unattached endpoints"] == endpoint["kind"]
+    machine.close()
+
+
+def test_the_snapshot_tells_domains_and_what_is_held(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu")))
+    machine.iommu.handle(bytes((1, 0, 0, 0)) + bytes((7, 0, 0, 0, 0x30)) + bytes(11), 4)
+    request = bytes((3, 0, 0, 0, 7, 0, 0, 0)) + bytes(8) + (0xFFF).to_bytes(8, "little")
+    machine.iommu.handle(request + bytes(8) + bytes((1, 0, 0, 0)), 4)
+    mapper = machine.iommu.endpoints[0x30].group.mapper
+    fault = mapper.start_export_session()
+    mapper.export(0x10, 0x20)
+
+    snapshot = machine.snapshot()
+
+    assert snapshot["domains"] == [
+        {
+            "id": 7,
+            "kind": "translating",
+            "endpoints": ["48"],
+            "mappings": 1,
+            "ranges": [[0, 0x1000, 0, "r-"]],
+        }
+    ]
+    assert isinstance(snapshot["endpoints"], list)
+    assert snapshot["endpoints"][0]["held"] == [[0x10, 0x20, 1]]
+    mapper.release(0x10, 0x20)
+    fault.close()
+    machine.close()
+
+
+def test_every_choice_is_said(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path))
+
+    said = {name for name, _ in machine.choices()}
+
+    assert {"backend", "guest memory", "ring", "polling", "limits", "page sizes"} <= said
+    machine.close()
