@@ -129,5 +129,5 @@ $(CHECK_READY): $(VENV)/$(CREATED)
 	touch $@ $(TEST_READY) $(RUN_READY)
 
 $(DOCS_READY): $(DOCS_VENV)/$(CREATED)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --editable . --group docs
+	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[testing]' --group docs
 	touch $@
