@@ -92,6 +92,7 @@ class BlkDevice(VirtioDevice):
         self._requests = BlkRequests(self.disk, dma, identifier, limits)
         self._config = bytes(_configuration(self.disk.size, limits))[:_CONFIG_SIZE]
         self._runner: QueueRunner | None = None
+        self._scheduled = False
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Return device configuration; nothing of it is ever changed."""
@@ -117,7 +118,8 @@ class BlkDevice(VirtioDevice):
     def notify(self, index: int) -> None:
         """Carry out requests, a bounded number in one turn of the loop."""
         del index
-        self._serve()
+        if not self._scheduled:
+            self._serve()
 
     def reset(self, kind: ResetKind) -> bool:
         """Forget the driver; no request is ever left unfinished, so this is done at once."""
@@ -135,7 +137,8 @@ class BlkDevice(VirtioDevice):
         self.disk.close()
 
     def _serve(self) -> None:
-        if self._runner is not None and self._runner.serve(_BUDGET):
+        self._scheduled = self._runner is not None and self._runner.serve(_BUDGET)
+        if self._scheduled:
             self._loop.call_soon(self._serve)
 
 

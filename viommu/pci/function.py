@@ -106,6 +106,9 @@ class PciFunction:
     def on_reset(self, kind: ResetKind) -> None:
         """Forget everything; configuration space is already reset and DMA forbidden."""
 
+    def close(self) -> None:
+        """Give back what outlives every reset, such as files; the function is used no more."""
+
     # What subclasses call.
 
     @property

@@ -228,6 +228,10 @@ class DriverQueue:
         full_fence()
         return (self._used[_IDX] - self._last_used) & _WRAP > after
 
+    def close(self) -> None:
+        """Let go of the memory; the queue is used no more."""
+        self._avail = self._used = memoryview(bytearray()).cast("H")
+
     def write_desc(
         self, index: int, address: int, length: int, flags: int = 0, following: int = 0
     ) -> None:

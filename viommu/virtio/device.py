@@ -106,3 +106,6 @@ class VirtioDevice(ABC):
     def on_bus_master(self, *, enabled: bool) -> None:
         """Follow COMMAND.BUS_MASTER; a device with a DMA port of its own gates it here."""
         del enabled
+
+    def close(self) -> None:  # noqa: B027 - most devices have nothing that outlives a reset
+        """Give back what outlives every reset, such as files; the device is used no more."""

@@ -116,6 +116,13 @@ class VirtioIommuDevice(VirtioDevice):
         self._resetting = None
         return True
 
+    def close(self) -> None:
+        """Stop waiting for releases."""
+        waits, self._waits = self._waits, []
+        for event in waits:
+            self._loop.forget(event)
+            event.close()
+
     # -- requests --
 
     def _serve(self) -> None:

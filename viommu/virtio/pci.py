@@ -166,6 +166,10 @@ class VirtioPciFunction(PciFunction):
         self.common.status.feed(Event.START_RESET)
         self._reset_device(kind)
 
+    def close(self) -> None:
+        """Close the device."""
+        self.device.close()
+
     # The structures in BAR 0.
 
     def kick(self, index: int) -> None:
