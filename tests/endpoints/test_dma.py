@@ -63,6 +63,17 @@ def test_data_goes_where_it_is_mapped(world: World) -> None:
     assert world.faults == []
 
 
+def test_an_access_past_the_last_address_blames_its_first(world: World) -> None:
+    last = 2**64 - PAGE
+    world.mapper.add_map(MappingInfo(last, PAGE, PAGE, RW))
+    assert len(world.dma.read(last, PAGE)) == PAGE
+
+    with pytest.raises(TranslationFault):
+        world.dma.read(2**64 - 8, 16)
+
+    assert [fault.iova for fault in world.faults] == [2**64 - 8]
+
+
 def test_a_blocked_access_is_reported_once_and_raised(world: World) -> None:
     with pytest.raises(TranslationFault):
         world.dma.write(0x5000, b"x")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from viommu.errors import Access, GuestMemoryError, SessionFaulted, TranslationFault
 from viommu.export import ExportedRegion
+from viommu.iova import ADDRESS_SPACE_END
 from viommu.spec.virtio_iommu import FaultReason
 
 if TYPE_CHECKING:
@@ -86,16 +87,8 @@ class EndpointDma:
         """
         if not self.enabled:
             raise TranslationFault(iova, access, FaultReason.UNKNOWN)
-        if self._session is None:
-            self._start()
         try:
-            try:
-                return ExportedRegion(self.mapper, self.memory, iova, size, access)
-            except SessionFaulted:
-                # The fault is there but the loop has not come to it yet.
-                self._faulted()
-                self._start()
-                return ExportedRegion(self.mapper, self.memory, iova, size, access)
+            return self._export(iova, size, access)
         except TranslationFault as fault:
             self.blocked += 1
             self._report(fault)
@@ -147,6 +140,20 @@ class EndpointDma:
         """Release what is pinned and stop listening for faults."""
         self.enabled = False
         self._end()
+
+    def _export(self, iova: int, size: int, access: Access) -> ExportedRegion:
+        if iova + size > ADDRESS_SPACE_END:
+            # The address behind the last one can't be reported: blame the first.
+            raise TranslationFault(iova, access)
+        if self._session is None:
+            self._start()
+        try:
+            return ExportedRegion(self.mapper, self.memory, iova, size, access)
+        except SessionFaulted:
+            # The fault is there but the loop has not come to it yet.
+            self._faulted()
+            self._start()
+            return ExportedRegion(self.mapper, self.memory, iova, size, access)
 
     def _start(self) -> None:
         self._end()
