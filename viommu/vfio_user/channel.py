@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from viommu.errors import PeerError
 from viommu.vfio_user.connection import receive, send
-from viommu.vfio_user.protocol import MessageReader
+from viommu.vfio_user.protocol import MessageReader, MessageSizeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,9 @@ class Channel:
                 raise self.broken(errno.ECONNRESET, "the server has closed the connection")
             try:
                 message = self._reader.feed(data, fds, truncated=truncated)
-            except PeerError as error:  # a size that can't be
+            except MessageSizeError as error:
+                for fd in error.message.fds:
+                    os.close(fd)
                 raise self.broken(errno.EPROTO, str(error)) from error
             if message is not None:
                 return message

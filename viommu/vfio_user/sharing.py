@@ -200,7 +200,8 @@ class SharingProbe:
         """Return the addresses of some pages, spread evenly over memory that has a file."""
         regions = [r for r in self._memory.regions() if r.shared and r.readable and r.writable]
         total = sum(region.size // _PAGE for region in regions)
-        wanted = iter([total * i // _SAMPLES for i in range(min(_SAMPLES, total))])
+        samples = min(_SAMPLES, total)
+        wanted = iter([total * i // samples for i in range(samples)])
         number = next(wanted, None)
         pages: list[int] = []
         first = 0

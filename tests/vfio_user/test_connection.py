@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from viommu.spec import vfio_user as spec
+from viommu.vfio_user.connection import Connection, peer_process, receive, send
+from viommu.vfio_user.protocol import MessageSizeError, command_message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    theirs.setblocking(False)
+    connection = Connection(ours, spec.MAX_MESSAGE)
+    yield connection, theirs
+    connection.close()
+    theirs.close()
+
+
+Pair = tuple[Connection, socket.socket]
+
+
+def test_nothing_yet(pair: Pair) -> None:
+    connection, _ = pair
+    assert connection.receive() is None
+    assert not connection.hung_up
+
+
+def test_messages_in_pieces(pair: Pair) -> None:
+    connection, theirs = pair
+    data = command_message(1, 9, b"payload") + command_message(2, 9, b"")
+    for at in range(len(data) - 1):
+        theirs.send(data[at : at + 1])
+        message = connection.receive()
+        assert (message is None) == (at != 22)
+    theirs.send(data[-1:])
+    message = connection.receive()
+    assert message is not None
+    assert message.id == 2
+
+
+def test_fds_stay_with_their_message(pair: Pair, memfd: Callable[..., int]) -> None:
+    """Even when the kernel has several messages and could glue them together."""
+    connection, theirs = pair
+    fds = [memfd() for _ in range(3)]
+    theirs.send(command_message(1, 9, b"none"))
+    send(theirs, command_message(2, 9, b"two"), fds[:2])
+    theirs.send(command_message(3, 9, b""))
+    # With its second half, of which nobody should think.
+    message = command_message(4, 9, b"late")
+    theirs.send(message[:18])
+    send(theirs, message[18:], fds[2:])
+    for expected in ([], fds[:2], [], fds[2:]):
+        received = connection.receive()
+        assert received is not None
+        inodes = [os.fstat(fd).st_ino for fd in received.fds]
+        assert inodes == [os.fstat(fd).st_ino for fd in expected]
+        for fd in received.fds:
+            assert not os.get_inheritable(fd)
+            os.close(fd)
+
+
+def test_too_many_fds_are_closed_and_told(pair: Pair, memfd: Callable[..., int]) -> None:
+    connection, theirs = pair
+    fd = memfd()
+    send(theirs, command_message(1, 9, b""), [fd] * 17)
+    message = connection.receive()
+    assert message is not None
+    assert message.truncated
+    assert len(message.fds) <= 16
+    for each in message.fds:
+        os.close(each)
+
+
+def test_fds_of_half_a_message_are_closed(pair: Pair, memfd: Callable[..., int]) -> None:
+    connection, theirs = pair
+    send(theirs, command_message(1, 9, b"abc")[:-1], [memfd()])
+    assert connection.receive() is None
+    connection.close()  # the test fails if an fd is left
+
+
+@pytest.mark.parametrize("sent", [b"", b"half a header"])
+def test_the_end_is_told(pair: Pair, sent: bytes) -> None:
+    connection, theirs = pair
+    theirs.send(sent)
+    theirs.close()
+    assert connection.hung_up
+    with pytest.raises(EOFError, match="halfway" if sent else "closed by the peer$"):
+        connection.receive()
+
+
+def test_a_reset_is_the_end(pair: Pair) -> None:
+    connection, theirs = pair
+    connection.send(command_message(1, 9, b""))
+    theirs.close()  # with our message unread
+    with pytest.raises(EOFError):
+        connection.receive()
+    with pytest.raises(EOFError):
+        connection.send(command_message(2, 9, b""))
+
+
+def test_an_impossible_size_is_told(pair: Pair) -> None:
+    connection, theirs = pair
+    theirs.send(spec.HEADER.pack(1, 9, 3, 0, 0))
+    with pytest.raises(MessageSizeError):
+        connection.receive()
+
+
+def test_headers_are_never_split(pair: Pair) -> None:
+    """However full the socket is, and wherever it stops: a header arrives in one piece."""
+    connection, theirs = pair
+    sent = [command_message(i, 9, bytes([i & 0xFF]) * (i * 37 % 5000)) for i in range(400)]
+    pending = list(sent)
+    received = b""
+    while pending or connection.backlog or len(received) < sum(map(len, sent)):
+        while pending and not connection.backlog:
+            connection.send(pending.pop(0))
+        header = theirs.recv(16)
+        assert len(header) == 16, "what QEMU's one readv would get"
+        size = spec.HEADER.unpack(header)[2] - 16
+        body = b""
+        while len(body) < size:
+            connection.flush()
+            body += theirs.recv(size - len(body))
+        received += header + body
+        connection.flush()
+    assert received == b"".join(sent)
+
+
+def test_one_message_waits_for_a_peer_that_does_not_read(
+    pair: Pair, memfd: Callable[..., int]
+) -> None:
+    connection, theirs = pair
+    message = command_message(1, 9, bytes(1 << 20))
+    connection.send(message, (memfd(),))
+    assert connection.backlog
+    connection.send(command_message(2, 9, b""))
+    theirs.setblocking(True)
+    data, fds, _ = receive(theirs, 1 << 16)
+    assert len(fds) == 1
+    os.close(fds[0])
+    total = len(data)
+    while total < len(message) + 16:
+        connection.flush()
+        data, fds, _ = receive(theirs, 1 << 16)
+        assert fds == [], "they are sent once"
+        total += len(data)
+    assert not connection.backlog
+
+
+def test_the_peer_s_process_is_known(pair: Pair) -> None:
+    _, theirs = pair
+    assert peer_process(theirs) == os.getpid()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from viommu.errors import UsageError
+from viommu.vfio_user.listener import Listener
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_the_path_is_for_this_user_only(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        listener = Listener(tmp_path / "s")
+    finally:
+        os.umask(before)
+    status = (tmp_path / "s").lstat()
+    assert stat.S_ISSOCK(status.st_mode)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    listener.close()
+    assert not (tmp_path / "s").exists()
+    listener.close()
+
+
+def test_what_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(os.fspath(path))
+    dead.listen()
+    dead.close()
+    listener = Listener(path)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+    listener.close()
+
+
+def test_a_living_server_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    first = Listener(path)
+    with pytest.raises(UsageError, match=r"s: another process does; stop it"):
+        Listener(path)
+    assert path.exists()
+    first.close()
+
+
+def test_a_busy_server_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(os.fspath(path))
+        busy.listen(0)
+        waiting.connect(os.fspath(path))
+        with pytest.raises(UsageError, match="another process"):
+            Listener(path)
+
+
+def test_anything_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="not a socket"):
+        Listener(path)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("missing/s", "directory does not exist"), ("s" * 200, "shorter path"), ("", "not a socket")],
+)
+def test_what_is_wrong_with_a_path_is_said(tmp_path: Path, name: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        Listener(tmp_path / name)
+
+
+def test_a_path_that_became_another_s_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    first = Listener(path)
+    path.unlink()
+    second = Listener(path)
+    first.close()
+    assert path.exists()
+    path.unlink()
+    second.close()
