@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 # A stamp says what was installed, for which interpreter and which pyproject.toml:
 # when either changes the stamp's name changes, and the set-up runs again.
-INTERPRETER := $(shell $(PYTHON) -c 'import sys; print(sys.version, sys.prefix)' 2>/dev/null | sha256sum | cut -c1-12)
+INTERPRETER := $(shell $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' 2>/dev/null | sha256sum | cut -c1-12)
 PROJECT := $(shell sha256sum pyproject.toml | cut -c1-12)
 CREATED := .created-$(INTERPRETER)
 RUN_READY := $(VENV)/.ready-run-$(INTERPRETER)-$(PROJECT)
