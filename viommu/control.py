@@ -35,14 +35,12 @@ class ControlLimits(NamedTuple):
     """What clients of one server may use.
 
     ``clients`` at once (one more displaces the client that was silent longest),
-    bytes of a ``request`` and of a ``reply``, and for how many seconds a
-    snapshot is ``fresh``: asked more often, the same one is sent again.
+    bytes of a ``request`` and of a ``reply``.
     """
 
     clients: int = 8
     request: int = 4096
     reply: int = 64 << 20
-    fresh: float = 0.05
 
 
 class ControlServer:
@@ -67,8 +65,6 @@ class ControlServer:
         self._snapshot = snapshot
         self._limits = limits or ControlLimits()
         self._clients: list[_Connection] = []  # the longest silent first
-        self._reply = b""
-        self._made = -float("inf")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._socket.bind(str(path))
@@ -171,13 +167,10 @@ class ControlServer:
         command = request.get("command") if isinstance(request, dict) else None
         if command != "snapshot":
             return _error('the only command is {"command": "snapshot"}')
-        now = self._loop.clock()
-        if now - self._made > self._limits.fresh:
-            reply = json.dumps({"ok": True, "snapshot": self._snapshot()}).encode() + b"\n"
-            if len(reply) > self._limits.reply:
-                reply = _error(f"the snapshot has {len(reply)} bytes, more than can be sent")
-            self._reply, self._made = reply, now
-        return self._reply
+        reply = json.dumps({"ok": True, "snapshot": self._snapshot()}).encode() + b"\n"
+        if len(reply) > self._limits.reply:
+            return _error(f"the snapshot has {len(reply)} bytes, more than can be sent")
+        return reply
 
     def _drop(self, client: _Connection) -> None:
         self._clients.remove(client)

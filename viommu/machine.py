@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from viommu._version import __version__
 from viommu.basic import BasicMemoryMapper
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from viommu.domain import Domain
     from viommu.loop import Loop
     from viommu.pci.function import PciFunction
     from viommu.vmm import Bdf
 
 __all__ = ["Machine", "MachineOptions"]
+
+_LISTED: Final = 4096  # mappings in a snapshot, the lowest ones of each domain in turn
+_LISTED_OF_DOMAIN: Final = 256
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Machine:
         self._files = MappedFiles()
         self._servers: dict[Bdf, Server] = {}
         self._endpoints: list[_Endpoint] = []
+        self._device = VirtioIommuDevice(self.iommu, loop, self._suspect_memory)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            self._device = VirtioIommuDevice(self.iommu, loop, self._suspect_memory)
             memory = GuestMemory()
             function = VirtioPciFunction(str(options.iommu), memory, self._device, memory)
             self._serve(options.iommu, function)
@@ -142,7 +144,7 @@ class Machine:
                 },
                 "waiting": self._device.waiting,
             },
-            "domains": [self._domain(domain) for domain in iommu.domains.values()],
+            "domains": self._domains(),
             "endpoints": [self._endpoint(endpoint) for endpoint in self._endpoints],
         }
 
@@ -165,16 +167,23 @@ class Machine:
         self._endpoints.append(_Endpoint(bdf, description, mapper, dma, function))
         self._serve(bdf, function)
 
-    def _domain(self, domain: Domain) -> dict[str, object]:
-        protections = Counter(_letters(mapping.prot) for mapping in domain.map)
-        return {
-            "id": domain.id,
-            "kind": domain.kind.value,
-            "endpoints": [str(number) for number in sorted(domain.endpoints)],
-            "mappings": len(domain.map),
-            "bytes": sum(mapping.size for mapping in domain.map),
-            "protections": dict(protections),
-        }
+    def _domains(self) -> list[dict[str, object]]:
+        """Describe every domain and, so that a look is short, not every mapping."""
+        found: list[dict[str, object]] = []
+        left = _LISTED
+        for domain in self.iommu.domains.values():
+            first = list(islice(domain.map, min(left, _LISTED_OF_DOMAIN)))
+            left -= len(first)
+            found.append(
+                {
+                    "id": domain.id,
+                    "kind": domain.kind.value,
+                    "endpoints": [str(number) for number in sorted(domain.endpoints)],
+                    "mappings": len(domain.map),
+                    "ranges": [[m.iova, m.size, m.gpa, _letters(m.prot)] for m in first],
+                }
+            )
+        return found
 
     def _endpoint(self, endpoint: _Endpoint) -> dict[str, object]:
         seen = self.iommu.endpoints[endpoint.bdf.number]

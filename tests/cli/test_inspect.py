@@ -112,12 +112,12 @@ def test_a_server_of_another_version(served: Served, tmp_path: Path) -> None:
 def test_watching_ends_with_the_server(arguments: list[str], tmp_path: Path) -> None:
     served = Served(tmp_path, looks=2)
 
-    result = inspect(tmp_path, "--watch", "--interval", "0.06", *arguments)
+    result = inspect(tmp_path, "--watch", "--interval", "0.05", *arguments)
     served.end()
 
     assert result.exit_code == ExitCode.FAILURE
     assert "the server at" in result.stderr
-    assert result.stdout.count("4711") == 3
+    assert result.stdout.count("1.2.3") == 3
 
 
 def test_watching_ends_with_an_interrupt(served: Served, tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ SNAPSHOT: dict[str, Any] = {
             "id": 7,
             "kind": "translating",
             "endpoints": ["48", "56"],
-            "mappings": 3,
-            "bytes": 0x3000,
-            "protections": {"rw": 2, "r": 1},
-        }
+            "mappings": 300,
+            "ranges": [[0x10000 * n, 0x1000, 0x800000 + n, "r-"] for n in range(256)],
+        },
+        {"id": 8, "kind": "bypass", "endpoints": [], "mappings": 0, "ranges": []},
     ],
     "endpoints": [
         {
@@ -72,12 +72,23 @@ def test_everything_is_shown() -> None:
     assert "page sizes 0x1000" in lines
     assert "IOMMU 00:05.0 VMM here, bypass off, a request waits for a release" in lines
     assert "12 requests, 3 refused" in lines
-    assert "7 translating 00:06.0 00:07.0 3 12 KiB 2 rw, 1 r" in lines
+    assert "7 translating 300 00:06.0 00:07.0" in lines
+    assert "8 bypass 0" in lines
+    assert "7 0xf0000 0x80000f 4 KiB r-" in lines
+    assert "7 and 284 more" in lines
+    assert not any("0x100000" in line for line in lines)
     assert "00:06.0 0x30 here translating 7 open 0x1000 4 KiB edu" in lines
     assert "0x8000 100 bytes x2" in lines
     assert "00:07.0 0x38 away blocked - none - blk,path=disk.img" in lines
     assert "00:06.0 5" in lines
     assert "00:07.0 0" in lines
+
+
+def test_nothing_mapped() -> None:
+    snapshot = copy.deepcopy(SNAPSHOT)
+    del snapshot["domains"][0]
+
+    assert "Nothing is mapped." in shown(snapshot)
 
 
 def test_nothing_to_show_is_said() -> None:

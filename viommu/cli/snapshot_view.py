@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["view"]
 
+_SHOWN = 16  # mappings of a domain
 _STYLES = {"blocked": "red", "bypass": "yellow", "translating": "green"}
 
 
@@ -73,22 +74,36 @@ def _iommu(iommu: Mapping[str, Any]) -> Text:
     )
 
 
-def _domains(domains: list[Mapping[str, Any]]) -> Table | Text:
+def _domains(domains: list[Mapping[str, Any]]) -> Group | Text:
     if not domains:
         return Text("No domain: the guest has attached nothing.\n", style="dim")
     table = _table(
-        "Domains", "id", "kind", "endpoints", "mappings", "size", "access",
-        right=("id", "mappings", "size"), wrap="endpoints",
-    )  # fmt: skip
+        "Domains", "id", "kind", "mappings", "endpoints", right=("id", "mappings"), wrap="endpoints"
+    )
     for domain in domains:
         table.add_row(
             str(domain["id"]),
             _kind(domain["kind"]),
-            " ".join(str(Bdf.from_number(int(number))) for number in domain["endpoints"]),
             str(domain["mappings"]),
-            about(domain["bytes"]),
-            ", ".join(f"{count} {prot}" for prot, count in domain["protections"].items()),
+            " ".join(str(Bdf.from_number(int(number))) for number in domain["endpoints"]),
         )
+    return Group(table, _mappings(domains))
+
+
+def _mappings(domains: list[Mapping[str, Any]]) -> Table | Text:
+    """Show the lowest mappings of each domain; ``--json`` has more."""
+    if not any(domain["mappings"] for domain in domains):
+        return Text("Nothing is mapped.\n", style="dim")
+    table = _table(
+        "Mappings", "domain", "IOVA", "guest memory", "size", "access",
+        right=("domain", "IOVA", "guest memory", "size"),
+    )  # fmt: skip
+    for domain in domains:
+        shown = domain["ranges"][:_SHOWN]
+        for iova, size, gpa, access in shown:
+            table.add_row(str(domain["id"]), f"{iova:#x}", f"{gpa:#x}", about(size), access)
+        if more := domain["mappings"] - len(shown):
+            table.add_row(str(domain["id"]), f"and {more} more", "", "", "", style="dim")
     return table
 
 
