@@ -86,7 +86,7 @@ def test_what_is_there_when_it_is_ready(server: Server, directory: Path, disk: P
     ]
     assert (directory / "viot.aml").read_bytes() == build_viot(IOMMU, [EDU, BLK])
     assert (directory / "qemu.args").read_text().splitlines() == qemu_arguments(
-        sockets, directory / "viot.aml", 512 << 20
+        sockets, directory / "viot.aml", 512 << 20, blocked_at_boot=True
     )
     for path in sockets.values():
         with socket.socket(socket.AF_UNIX) as client:

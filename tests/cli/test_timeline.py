@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.cells import cell_len
@@ -9,9 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 from viommu.cli.timeline import Actor, ClaimError, Mark, Timeline
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 GUEST = Actor("guest", "cyan")
 WORDS = "what happened is explained in more words than fit into one line of a terminal " * 2
@@ -43,7 +39,7 @@ class Screen:
 
 
 def test_a_step_is_a_line_with_time_actor_what_and_result() -> None:
-    screen = Screen()
+    screen = Screen(width=100)
     with screen.timeline.step(GUEST, "ATTACH 00:06.0") as step:
         step.done("OK")
 
@@ -51,12 +47,22 @@ def test_a_step_is_a_line_with_time_actor_what_and_result() -> None:
     assert line.split() == ["500.0", "ms", "guest", "ATTACH", "00:06.0", "✔", "OK"]
 
 
+def test_the_result_goes_below_where_there_is_less_room() -> None:
+    screen = Screen(width=80)
+    with screen.timeline.step(GUEST, "ATTACH 00:06.0") as step:
+        step.done("OK")
+
+    first, second = screen.lines
+    assert first.split() == ["500.0", "ms", "guest", "ATTACH", "00:06.0"]
+    assert second.index("✔ OK") == first.index("ATTACH")
+
+
 def test_a_step_that_raises_is_shown_as_failed() -> None:
     screen = Screen()
     with pytest.raises(ZeroDivisionError), screen.timeline.step(GUEST, "divide"):
         raise ZeroDivisionError("0")
 
-    assert "✘ ZeroDivisionError: 0" in screen.lines[0]
+    assert "✘ ZeroDivisionError: 0" in screen.lines[1]
 
 
 def test_chapters_are_numbered_and_explained() -> None:
@@ -70,7 +76,7 @@ def test_chapters_are_numbered_and_explained() -> None:
     assert " ".join(" ".join(screen.lines[2:7]).split()) in " ".join(WORDS.split())
 
 
-@pytest.mark.parametrize("width", [20, 40, 71, 72, 80, 200])
+@pytest.mark.parametrize("width", [40, 80, 95, 96, 200])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_nothing_is_wider_than_the_terminal_or_lost(width: int, encoding: str) -> None:
     screen = Screen(width, encoding)
@@ -84,15 +90,21 @@ def test_nothing_is_wider_than_the_terminal_or_lost(width: int, encoding: str) -
     assert words.count("terminal") == 2 * (1 + 2 * len(Mark))
 
 
-def test_lines_are_cut_at_the_edge() -> None:
-    screen = Screen(width=20)
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "…"), ("ascii", "x")])
+def test_lines_are_cut_at_the_edge(encoding: str, end: str) -> None:
+    screen = Screen(20, encoding)
+    screen.timeline.picture("Title", [Text("x" * 30), Text("y")])
 
-    def picture() -> Iterator[Text]:
-        yield Text("x" * 30)
+    assert screen.lines == ["", "  Title", "  " + "x" * 17 + end, "  y"]
 
-    screen.timeline.lines("Title", picture())
 
-    assert screen.lines == ["", "  Title", "  " + "x" * 17 + "…"]
+def test_a_step_keeps_its_distance_from_a_picture() -> None:
+    screen = Screen()
+    screen.timeline.picture("Title", [Text("picture")])
+    screen.timeline.row(0.0, GUEST, "a", "b")
+    screen.timeline.row(0.0, GUEST, "c", "d")
+
+    assert [not line.strip() for line in screen.lines] == [True, False, False, True] + [False] * 4
 
 
 def test_color_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from viommu.loop import Loop, Timer
 
-__all__ = ["Child", "terminal_kept"]
+__all__ = ["Child", "dies_with_us", "terminal_kept"]
 
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 _GRACE: Final = 5.0  # seconds between asking a child to end and ending it
@@ -41,19 +41,10 @@ class Child:
         self._loop = loop
         self._on_exit = on_exit
         self._killer: Timer | None = None
-        prctl = ctypes.CDLL(None).prctl  # looked up before the fork
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:  # it died before we asked
-                os._exit(1)
-
         try:
-            # preexec_fn is safe here: this process has one thread.
             self._process = subprocess.Popen(  # noqa: S603  # the user chose this program
                 arguments,
-                preexec_fn=die_with_parent,  # noqa: PLW1509
+                preexec_fn=dies_with_us(),  # noqa: PLW1509  # this process has one thread
             )
         except OSError as error:
             raise CliError(f"{arguments[0]} can't be run: {error.strerror}") from error
@@ -84,6 +75,19 @@ class Child:
             self._killer.cancel()
         code = self._process.wait()
         return 128 - code if code < 0 else code
+
+
+def dies_with_us() -> Callable[[], None]:
+    """Return what a child must call before it executes its program, so as not to outlive us."""
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return ask
 
 
 @contextlib.contextmanager

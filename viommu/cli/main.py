@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS: Final = {
+    "demo": "Show what a virtio-iommu does, without a virtual machine.",
     "serve": "Serve a virtio-iommu and endpoints behind it to a virtual machine.",
     "run": "Serve, and run QEMU with the right arguments until the guest ends.",
     "inspect": "Show domains, endpoints, mappings and counters of a running server.",

@@ -161,7 +161,10 @@ def serving(loop: Loop, options: ServeOptions) -> Iterator[Serving]:
     functions = [machine_options.iommu, *(bdf for bdf, _ in machine_options.endpoints)]
     with contextlib.ExitStack() as stack:
         arguments = qemu_arguments(
-            {bdf: path / socket_name(bdf) for bdf in functions}, path / VIOT, options.memory
+            {bdf: path / socket_name(bdf) for bdf in functions},
+            path / VIOT,
+            options.memory,
+            blocked_at_boot=not machine_options.config.boot_bypass,
         )
         directory = stack.enter_context(ServerDirectory(path))
         try:

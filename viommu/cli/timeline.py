@@ -7,18 +7,23 @@ import enum
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from viommu.cli.lanes import lanes
 
-    from rich.console import Console
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.console import Console, OverflowMethod
+
+    from viommu.cli.lanes import Lane
 
 __all__ = ["Actor", "ClaimError", "Mark", "Step", "Timeline"]
 
-_NARROW: Final = 72  # columns; below, what and result go below each other
+_NARROW: Final = 96  # columns; below, the result goes below what was done
 _WIDEST: Final = 120
 _INDENT: Final = 2
 _TIME: Final = 10
@@ -62,7 +67,8 @@ class Step:
 class Timeline:
     """Prints steps as they end; times are milliseconds since it was made.
 
-    ``clock`` returns seconds; ``claims`` counts what was verified.
+    ``clock`` returns seconds; ``claims`` counts what was verified; ``ascii_only``
+    is whether the terminal takes no other characters.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,7 +77,9 @@ class Timeline:
         self._clock = clock
         self._start = clock()
         self._chapters = 0
-        self._ascii = console.options.ascii_only
+        self._gap = False  # an empty line is due before the next step
+        self.ascii_only = console.options.ascii_only
+        self._overflow: OverflowMethod = "crop" if self.ascii_only else "ellipsis"
 
     @property
     def width(self) -> int:
@@ -80,12 +88,17 @@ class Timeline:
 
     def now(self) -> float:
         """Return the seconds since the start."""
-        return self._clock() - self._start
+        return self.at(self._clock())
+
+    def at(self, moment: float) -> float:
+        """Return the seconds from the start to ``moment``, a time of the same clock."""
+        return moment - self._start
 
     def chapter(self, title: str, text: str) -> None:
         """Start a chapter with a paragraph that says what to look for."""
         self._chapters += 1
-        dash = "-" if self._ascii else "─"
+        self._gap = False
+        dash = "-" if self.ascii_only else "─"
         head = f"{dash * 2} {self._chapters}. {title} "
         self._console.print()
         self._console.print(Text(head + dash * max(0, self.width - len(head)), style="bold"))
@@ -108,37 +121,39 @@ class Timeline:
 
     def row(self, at: float, actor: Actor, what: str, result: str, mark: Mark = Mark.OK) -> None:
         """Print a step that began ``at`` seconds after the start."""
+        if self._gap:
+            self._console.print()
+            self._gap = False
         sign, plain, style = mark.value
-        when = Text(f"{at * 1e3:.1f} ms", style="dim")
-        who = Text(actor.name, style=actor.style)
-        outcome = Text(f"{plain if self._ascii else sign} {result}", style=style)
-        if self.width < _NARROW:
-            self._console.print(Text.assemble(" " * _INDENT, when, "  ", who))
-            for text in (Text(what), outcome):
-                self._console.print(
-                    Padding(text, (0, 0, 0, 2 * _INDENT), expand=False), width=self.width
-                )
-            return
-        left = self.width - _INDENT - _TIME - _WHO - 6
+        outcome = Text(f"{plain if self.ascii_only else sign} {result}", style=style)
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(width=_TIME, justify="right")
         grid.add_column(width=_WHO)
-        grid.add_column(width=left * 11 // 20)
-        grid.add_column(width=left - left * 11 // 20)
-        grid.add_row(when, who, Text(what), outcome)
+        cells = [Text(f"{at * 1e3:.1f} ms", style="dim"), Text(actor.name, style=actor.style)]
+        left = self.width - _INDENT - _TIME - _WHO - 3 * 2
+        if self.width < _NARROW:
+            grid.add_column(width=max(left + 2, 1), overflow="fold")
+            grid.add_row(*cells, Group(Text(what), outcome))
+        else:
+            grid.add_column(width=left // 2, overflow="fold")
+            grid.add_column(width=left - left // 2, overflow="fold")
+            grid.add_row(*cells, Text(what), outcome)
         self._console.print(Padding(grid, (0, 0, 0, _INDENT), expand=False), width=self.width)
 
-    def lines(self, title: str, lines: Iterator[Text]) -> None:
+    def picture(self, title: str, lines: Iterable[Text]) -> None:
         """Print a picture below a title; a line too long for the terminal is cut."""
         self._console.print()
         self._console.print(Padding(Text(title, style="bold"), (0, 0, 0, _INDENT), expand=False))
         for line in lines:
-            self._console.print(
-                Padding(line, (0, 0, 0, _INDENT), expand=False),
-                no_wrap=True,
-                overflow="ellipsis",
-                crop=True,
-            )
+            line.truncate(self._console.width - _INDENT, overflow=self._overflow)
+            self._console.print(Padding(line, (0, 0, 0, _INDENT), expand=False), no_wrap=True)
+        self._gap = True
+
+    def lanes(self, title: str, items: Sequence[Lane]) -> None:
+        """Print who was busy when, where there is room for it."""
+        lines = list(lanes(items, self.width - _INDENT, ascii_only=self.ascii_only))
+        if lines:
+            self.picture(title, lines)
 
     def claim(self, holds: bool, text: str) -> None:  # noqa: FBT001  # reads as a sentence
         """Count a verified claim.
