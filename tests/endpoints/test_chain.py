@@ -387,10 +387,10 @@ def test_memory_is_read_once_it_is_unmapped_no_more(guest: Guest) -> None:
     disk = guest.disk(dma)
     disk.flush()
     assert guest.iommu.unmap(DOMAIN, IOVA, 1 << 30) == Status.OK
-    head = disk.queue.add([(IOVA, 16)], [(IOVA + 64, 1)])
+    ticket = disk.queue.add([(IOVA, 16)], [(IOVA + 64, 1)])
     disk.queue.kick(always=True)
     with pytest.raises(TimeoutError):
-        disk.queue.wait(head, 0.05)
+        disk.queue.wait(ticket, 0.05)
     assert disk.virtio.status & STATUS_DEVICE_NEEDS_RESET
     assert guest.iommu.next_fault().endpoint == DISK.number
     assert guest.iommu.probe(EDU.number)[0] == Status.OK

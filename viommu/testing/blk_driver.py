@@ -96,12 +96,12 @@ class BlkDriver:
         control, memory = self._control.address, self.dma.memory
         memory.write(control + _HEADER_AT, spec.HEADER.pack(kind, sector))
         memory.write(control + _STATUS_AT, bytes([_UNWRITTEN]))
-        head = self.queue.add(
+        ticket = self.queue.add(
             [(control + _HEADER_AT, spec.HEADER.size), *readable],
             [*writable, (control + _STATUS_AT, spec.STATUS_SIZE)],
         )
         self.queue.kick()
-        self.queue.wait(head)
+        self.queue.wait(ticket)
         status = memory.read(control + _STATUS_AT, 1)[0]
         return None if status == _UNWRITTEN else status
 

@@ -5,6 +5,7 @@ It drives a device over the same socket that a VMM uses.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from viommu.errors import UsageError
@@ -56,7 +57,9 @@ class Virtqueue:
         self.event = event
         self._driver = driver
         self._notify = notify
-        self._lengths: dict[int, int] = {}
+        self._tickets = itertools.count()
+        self._ticket_of: dict[int, int] = {}  # by head of a chain that the device has
+        self._lengths: dict[int, int] = {}  # by ticket of a chain that is back
 
     def add(
         self,
@@ -65,12 +68,15 @@ class Virtqueue:
         *,
         table: int | None = None,
     ) -> int:
-        """Make a chain of ``(address, length)`` buffers ready and return its head.
+        """Make a chain of ``(address, length)`` buffers ready and return a ticket for it.
 
         The device is told by :meth:`kick`. With ``table`` the chain goes into an
-        indirect table at that address.
+        indirect table at that address. No two chains have the same ticket, whereas
+        the ring uses the head of a chain again as soon as it is back.
         """
-        return self.ring.add(readable, writable, table=table)
+        head = self.ring.add(readable, writable, table=table)
+        self._ticket_of[head] = ticket = next(self._tickets)
+        return ticket
 
     def kick(self, *, always: bool = False) -> bool:
         """Show the device what was added, and notify it if it wants (or ``always``)."""
@@ -80,12 +86,12 @@ class Virtqueue:
         return wanted
 
     def poll(self) -> dict[int, int]:
-        """Return head and used length of every chain that is back and was not waited for."""
+        """Return ticket and used length of every chain that is back and was not waited for."""
         for used in self.ring.collect():
-            self._lengths[used.head] = used.length
+            self._lengths[self._ticket_of.pop(used.head)] = used.length
         return self._lengths
 
-    def wait(self, head: int, timeout: float | None = None) -> int:
+    def wait(self, ticket: int, timeout: float | None = None) -> int:
         """Wait until a chain comes back and return its used length.
 
         Raises:
@@ -94,20 +100,20 @@ class Virtqueue:
         """
         wait_for(
             self.event,
-            lambda: self._has(head),
+            lambda: self._has(ticket),
             self._driver.timeout if timeout is None else timeout,
             f"completion on queue {self.index}",
         )
-        return self._lengths.pop(head)
+        return self._lengths.pop(ticket)
 
     def take(self) -> tuple[int, int] | None:
-        """Return head and used length of one chain that is back, the oldest first."""
+        """Return ticket and used length of one chain that is back, the oldest first."""
         lengths = self.poll()
-        head = next(iter(lengths), None)
-        return None if head is None else (head, lengths.pop(head))
+        ticket = next(iter(lengths), None)
+        return None if ticket is None else (ticket, lengths.pop(ticket))
 
-    def _has(self, head: int) -> bool:
-        while head not in self.poll():
+    def _has(self, ticket: int) -> bool:
+        while ticket not in self.poll():
             # What comes back after this look raises an interrupt.
             if not self.ring.enable_interrupts():
                 return False

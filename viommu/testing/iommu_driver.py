@@ -58,9 +58,9 @@ class Reserved(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A request that the device has: its chain, its slot and the room for its reply."""
+    """A request that the device has: its ticket, its slot and the room for its reply."""
 
-    head: int
+    ticket: int
     slot: int
     room: int
 
@@ -119,7 +119,7 @@ class IommuDriver:
         self.events = self.virtio.add_queue(spec.EVENT_QUEUE)
         self._slots_at = ram.pages.allocate(_SLOTS * _SLOT)
         self._free = [self._slots_at + _SLOT * number for number in range(_SLOTS)]
-        self._reports: dict[int, int] = {}  # head of a chain to the address of its buffer
+        self._reports: dict[int, int] = {}  # ticket of a chain to the address of its buffer
         self._reports_at = ram.pages.allocate(PAGE)
         self.virtio.start()
         for number in range(min(self.events.ring.size, PAGE // spec.FAULT.size)):
@@ -199,7 +199,7 @@ class IommuDriver:
             TimeoutError: It has not come within ``timeout`` seconds, by default the
                 driver's; the request stays in flight.
         """
-        length = self.requests.wait(pending.head, timeout)
+        length = self.requests.wait(pending.ticket, timeout)
         data = self.ram.memory.read(pending.slot + _REPLY_AT, pending.room)
         self._free.append(pending.slot)
         # The status is the first byte of the tail, which ends what was written.
@@ -208,7 +208,7 @@ class IommuDriver:
 
     def is_done(self, pending: Pending) -> bool:
         """Return whether the reply is there; :meth:`wait` then returns at once."""
-        return pending.head in self.requests.poll()
+        return pending.ticket in self.requests.poll()
 
     def next_fault(self, timeout: float | None = None) -> FaultReport:
         """Return the oldest fault report that was not returned yet.
@@ -226,8 +226,8 @@ class IommuDriver:
         taken = self.events.take()
         if taken is None:
             raise UsageError("a fault report was taken by somebody else")
-        head, length = taken
-        address = self._reports.pop(head)
+        ticket, length = taken
+        address = self._reports.pop(ticket)
         report = FaultReport(*spec.FAULT.unpack(self.ram.memory.read(address, spec.FAULT.size)))
         self._offer_buffer(address)
         self.events.kick()
@@ -253,8 +253,8 @@ class IommuDriver:
         self.close()
 
     def _offer_buffer(self, address: int) -> None:
-        head = self.events.add([], [(address, spec.FAULT.size)])
-        self._reports[head] = address
+        ticket = self.events.add([], [(address, spec.FAULT.size)])
+        self._reports[ticket] = address
 
     def _has_report(self) -> bool:
         while not self.events.poll():
