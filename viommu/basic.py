@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
-import itertools
 from typing import TYPE_CHECKING, Final
 
 from viommu.errors import BackendError, UsageError
 from viommu.export import DEFAULT_MAX_EXPORTS, ExportLedger
 from viommu.iova import ADDRESS_SPACE_END, AddressMap, IntervalMap
-from viommu.mapper import AddMapResult, MappingInfo, MemRegion, RemoveMapResult
+from viommu.mapper import (
+    AddMapResult,
+    MappingInfo,
+    MemRegion,
+    RemoveMapResult,
+    next_mapper_id,
+)
 
 if TYPE_CHECKING:
     from viommu.errors import Access
@@ -20,8 +25,6 @@ __all__ = ["DEFAULT_PAGE_SIZES", "BasicMemoryMapper"]
 # 4 KiB, 2 MiB and 1 GiB. With ~0xfff Linux cuts a run that is no power of two into
 # several MAPs; with these three it sends one.
 DEFAULT_PAGE_SIZES: Final = 0x40201000
-
-_ids = itertools.count(1)
 
 
 class BasicMemoryMapper:
@@ -42,7 +45,7 @@ class BasicMemoryMapper:
         self.exports = ExportLedger(max_exports)
         self._page_sizes = page_sizes
         self._map: AddressMap = IntervalMap()
-        self._id = next(_ids)
+        self._id = next_mapper_id()
 
     def add_map(self, mapping: MappingInfo) -> AddMapResult:
         """Add one mapping; see :meth:`viommu.mapper.MemoryMapper.add_map`."""
@@ -64,7 +67,7 @@ class BasicMemoryMapper:
         return True
 
     def id(self) -> int:
-        """Return a number no other mapper of this class ever had."""
+        """Return a number no other mapper ever had."""
         return self._id
 
     def reset_domain(self) -> Event | None:

@@ -7,6 +7,7 @@ every call is all or nothing. Ranges are half-open.
 from __future__ import annotations
 
 import enum
+import itertools
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ __all__ = [
     "MemRegion",
     "MemoryMapper",
     "RemoveMapResult",
+    "next_mapper_id",
 ]
+
+_ids = itertools.count(1)
+
+
+def next_mapper_id() -> int:
+    """Return a number that no mapper of this process had before, for ``MemoryMapper.id``."""
+    return next(_ids)
 
 
 class MappingInfo(NamedTuple):
