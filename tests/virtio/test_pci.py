@@ -1,145 +1,27 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.virtio.harness import EchoDevice
+from tests.virtio.harness import CONFIG, DATA, EchoDevice, Guest
 from viommu.errors import UsageError
-from viommu.memory import GuestMemory
 from viommu.pci import ResetKind
 from viommu.spec import pci, vfio, virtio_config
 from viommu.spec import virtio_pci as spec
 from viommu.spec.virtio_config import Feature
-from viommu.testing.ring import DriverQueue, PieceMemory, RingLayout, Used
-from viommu.virtio.pci import VirtioPciFunction
+from viommu.testing.ring import Used
 from viommu.virtio.status import State
 
 ACK, DRIVER = virtio_config.STATUS_ACKNOWLEDGE, virtio_config.STATUS_DRIVER
 FEATURES_OK, DRIVER_OK = virtio_config.STATUS_FEATURES_OK, virtio_config.STATUS_DRIVER_OK
 NEEDS_RESET = virtio_config.STATUS_DEVICE_NEEDS_RESET
-LAYOUT: Any = spec.CommonCfg
-CONFIG: Final = vfio.PCI_CONFIG_REGION_INDEX
-DATA: Final = 0x8000
 
 RING_FEATURES: Final = 1 << Feature.RING_INDIRECT_DESC | 1 << Feature.RING_EVENT_IDX
 VERSION_1: Final = 1 << Feature.VERSION_1
-
-
-class Lines:
-    def __init__(self) -> None:
-        self.raised: list[int] = []
-
-    def trigger(self, index: int, vector: int) -> bool:
-        assert index == vfio.PCI_MSIX_IRQ_INDEX
-        self.raised.append(vector)
-        return True
-
-
-class Guest:
-    """A driver that finds everything through the capabilities, as Linux does."""
-
-    def __init__(self, device: EchoDevice | None = None) -> None:
-        self.device = device or EchoDevice()
-        self.ram = PieceMemory(1 << 16)
-        self.function = VirtioPciFunction("00:03.0", GuestMemory(), self.device, self.ram)
-        self.lines = Lines()
-        self.function.connect(self.lines)
-        self.queues: list[DriverQueue] = []
-        self.caps: dict[int, tuple[int, spec.Cap]] = {}
-        offset = self.config(pci.CAPABILITY_LIST, 1)
-        while offset:
-            raw = self.function.region_read(CONFIG, offset, 16)
-            if raw[0] == pci.CAP_ID_VENDOR:
-                cap = spec.Cap.from_buffer_copy(raw)
-                self.caps[cap.cfg_type] = (offset, cap)
-            elif raw[0] == pci.CAP_ID_MSIX:
-                self.msix = offset
-            elif raw[0] == pci.CAP_ID_EXPRESS:
-                self.express = offset
-            offset = raw[1]
-
-    def config(self, offset: int, size: int) -> int:
-        return int.from_bytes(self.function.region_read(CONFIG, offset, size), "little")
-
-    def set_config(self, offset: int, size: int, value: int) -> None:
-        self.function.region_write(CONFIG, offset, value.to_bytes(size, "little"))
-
-    def read(self, kind: spec.CfgType, offset: int, size: int) -> bytes:
-        cap = self.caps[kind][1]
-        return self.function.region_read(cap.bar, cap.offset + offset, size)
-
-    def write(self, kind: spec.CfgType, offset: int, data: bytes) -> None:
-        cap = self.caps[kind][1]
-        self.function.region_write(cap.bar, cap.offset + offset, data)
-
-    def __getitem__(self, name: str) -> int:
-        field = getattr(LAYOUT, name)
-        return int.from_bytes(self.read(spec.CfgType.COMMON, field.offset, field.size), "little")
-
-    def __setitem__(self, name: str, value: int) -> None:
-        field = getattr(LAYOUT, name)
-        self.write(spec.CfgType.COMMON, field.offset, value.to_bytes(field.size, "little"))
-
-    def offered(self) -> int:
-        words = []
-        for select in (0, 1):
-            self["device_feature_select"] = select
-            words.append(self["device_feature"])
-        return words[0] | words[1] << 32
-
-    def negotiate(self, features: int) -> None:
-        self["device_status"] = ACK
-        self["device_status"] = ACK | DRIVER
-        for select in (0, 1):
-            self["driver_feature_select"] = select
-            self["driver_feature"] = features >> 32 * select & 0xFFFFFFFF
-        self["device_status"] = ACK | DRIVER | FEATURES_OK
-        assert self["device_status"] & FEATURES_OK
-
-    def master(self, *, enabled: bool = True) -> None:
-        self.set_config(pci.COMMAND, 2, 0x0406 if enabled else 0x0402)
-
-    def enable_msix(self) -> None:
-        self.set_config(self.msix + 2, 2, pci.MSIX_CTRL_ENABLE)
-
-    def start(self, features: int | None = None, *, queues: int = 2) -> None:
-        features = self.offered() if features is None else features
-        self.master()
-        self.enable_msix()
-        self.negotiate(features)
-        self["config_msix_vector"] = 0
-        at = 0x1000
-        self.queues = []
-        for index in range(queues):
-            self["queue_select"] = index
-            layout = RingLayout.at(at, self["queue_size"])
-            at = layout.end
-            event_idx = bool(features >> Feature.RING_EVENT_IDX & 1)
-            driver = DriverQueue(self.ram, self["queue_size"], layout, event_idx=event_idx)
-            self.queues.append(driver)
-            self["queue_msix_vector"] = index + 1
-            self["queue_desc_lo"] = layout.desc
-            self["queue_driver_lo"] = layout.avail
-            self["queue_device_lo"] = layout.used
-            self["queue_enable"] = 1
-        self["device_status"] = ACK | DRIVER | FEATURES_OK | DRIVER_OK
-
-    def kick(self, index: int) -> None:
-        self["queue_select"] = index
-        multiplier = self.config(self.caps[spec.CfgType.NOTIFY][0] + 16, 4)
-        offset = self["queue_notify_off"] * multiplier
-        self.write(spec.CfgType.NOTIFY, offset, index.to_bytes(2, "little"))
-
-    def send(self, index: int, data: bytes) -> int:
-        self.ram.write(DATA, data)
-        head = self.queues[index].add([(DATA, len(data))], [(DATA + 0x100, 64)])
-        if self.queues[index].publish():
-            self.kick(index)
-        return head
 
 
 def test_the_capabilities_lead_to_every_structure() -> None:
@@ -443,74 +325,6 @@ def test_kicks_of_queues_that_do_not_exist(index: int) -> None:
     guest.function.region_write(0, 0x3000 + 4 * index, b"\0\0")
     guest.function.region_write(0, 0x3001, b"\0\0")
     assert guest.device.log == []
-
-
-class TestWindow:
-    """The PCI configuration access capability, virtio 1.2, 4.1.4.9."""
-
-    @staticmethod
-    def aim(guest: Guest, kind: spec.CfgType, offset: int, width: int) -> int:
-        at = guest.caps[spec.CfgType.PCI][0]
-        target = guest.caps[kind][1]
-        guest.set_config(at + 4, 1, target.bar)
-        guest.set_config(at + 8, 4, target.offset + offset)
-        guest.set_config(at + 12, 4, width)
-        return at + 16
-
-    @pytest.mark.parametrize("width", [1, 2, 4])
-    def test_reads(self, width: int) -> None:
-        guest = Guest()
-        data = self.aim(guest, spec.CfgType.DEVICE, 0, width)
-        assert guest.config(data, width) == int.from_bytes(b"config"[:width], "little")
-
-    @pytest.mark.parametrize("width", [1, 2, 4])
-    def test_writes(self, width: int) -> None:
-        guest = Guest()
-        data = self.aim(guest, spec.CfgType.DEVICE, 0, width)
-        guest.set_config(data, width, int.from_bytes(b"WXYZ"[:width], "little"))
-        assert guest.device.config == b"WXYZ"[:width] + b"config"[width:]
-
-    def test_a_device_can_be_driven_without_a_bar(self) -> None:
-        guest = Guest()
-        guest.start()
-        head = guest.queues[1].add([(DATA, 1)], [(DATA + 0x100, 1)])
-        guest.queues[1].publish()
-        data = self.aim(guest, spec.CfgType.NOTIFY, 4, 2)
-        guest.set_config(data, 2, 1)
-        assert guest.queues[1].collect() == [Used(head, 1)]
-
-    def test_a_dump_of_configuration_space_reads_no_register(self) -> None:
-        guest = Guest()
-        guest.function.config_changed()
-        data = self.aim(guest, spec.CfgType.ISR, 0, 1)
-        guest.function.region_read(CONFIG, 0, 4096)
-        guest.function.region_read(CONFIG, data - 4, 8)
-        assert guest.config(data, 1) == spec.ISR_CONFIG
-        assert guest.config(data, 1) == 0
-
-    @pytest.mark.parametrize(
-        ("bar", "offset", "width"),
-        [
-            (0, 0x2000, 0),
-            (0, 0x2000, 3),
-            (0, 0x2000, 8),
-            (0, 0x2001, 2),
-            (0, 0x4000, 4),
-            (0, 0xFFFFFFFC, 4),
-            (2, 0, 4),
-            (6, 0, 4),
-            (255, 0, 4),
-        ],
-    )
-    def test_a_window_on_nothing(self, bar: int, offset: int, width: int) -> None:
-        guest = Guest()
-        at = guest.caps[spec.CfgType.PCI][0]
-        guest.set_config(at + 4, 1, bar)
-        guest.set_config(at + 8, 4, offset)
-        guest.set_config(at + 12, 4, width)
-        guest.set_config(at + 16, 4, 0x41414141)
-        assert guest.config(at + 16, 4) == 0x41414141
-        assert guest.device.config == b"config"
 
 
 @given(

@@ -372,7 +372,7 @@ class SplitQueue:
                 self._check_table(head, length, flags, in_table=in_table)
                 table = self._memory.read(address, length)
                 entries = length >> 4
-                left = min(entries, self._max_descriptors)
+                left = entries
                 in_table = True
                 index = 0
                 continue
