@@ -14,7 +14,8 @@ from viommu.domain import (
     sorted_reserved,
 )
 from viommu.errors import Access, BackendError, GuestError, InternalError, UsageError
-from viommu.mapper import AddMapResult, MappingInfo, RemoveMapResult
+from viommu.events import Event
+from viommu.mapper import AddMapResult, MappingInfo, MemoryMapper, RemoveMapResult
 from viommu.spec.virtio_iommu import ReservedKind, Status
 
 RW = Access.READ | Access.WRITE
@@ -164,6 +165,84 @@ def test_unmapping_exported_memory_of_two_mappers_waits_for_both() -> None:
     assert len(waits) == 2
     mappers[0].release(0, 4)
     assert [w.is_set() for w in waits] == [True, False]
+
+
+class Joining(Flaky):
+    """Mappers that share one space, as devices in one iommufd IOAS do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = Flaky()
+        self.joins = 0
+        self.join_fails = False
+
+    def add_map(self, mapping: MappingInfo) -> AddMapResult:
+        return self.space.add_map(mapping)
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        return self.space.remove_map(iova_start, size)
+
+    def mappings(self) -> list[MappingInfo]:
+        return self.space.mappings()
+
+    def id(self) -> int:
+        return self.space.id()
+
+    def join(self, other: MemoryMapper) -> bool:
+        if not isinstance(other, Joining):
+            return False
+        if self.join_fails:
+            raise BackendError(errno.EINVAL, "attach")
+        self.joins += 1
+        self.space = other.space
+        return True
+
+    def reset_domain(self) -> Event | None:
+        self.space = Flaky()
+        return None
+
+
+def test_mappers_that_can_share_a_space_are_not_replayed_to() -> None:
+    first, second, plain = Joining(), Joining(), Flaky()
+    domain = translating(first, plain)
+    domain.map_range(ONE)
+    domain.add_group(second)
+
+    domain.map_range(TWO)
+
+    assert second.joins == 1
+    assert first.space is second.space
+    assert first.space.adds == 2
+    assert plain.mappings() == second.mappings() == [ONE, TWO]
+    assert domain.unmap_range(0, 2 * PAGE) == []
+    assert plain.mappings() == second.mappings() == []
+
+
+def test_leaving_a_shared_space_takes_nothing_along_even_when_it_is_empty() -> None:
+    first, second = Joining(), Joining()
+    domain, other = translating(first), translating()
+    group = domain.add_group(second)
+    other.map_range(ONE)
+
+    other.take(group)
+
+    assert first.space is not second.space
+    assert second.mappings() == [ONE]
+    assert first.mappings() == []
+
+
+def test_a_join_that_the_host_refuses_leaves_the_group_where_it_was() -> None:
+    domain, source = translating(Joining()), Domain(DomainKind.BLOCKED)
+    domain.map_range(ONE)
+    late = Joining()
+    group = source.add_group(late)
+    late.join_fails = True
+
+    with pytest.raises(BackendError):
+        domain.take(group)
+
+    assert group.domain is source
+    assert late.mappings() == []
 
 
 def test_taking_a_group_replays_every_mapping() -> None:

@@ -19,6 +19,7 @@ from viommu.mapper import (
 if TYPE_CHECKING:
     from viommu.errors import Access
     from viommu.events import Event
+    from viommu.mapper import MemoryMapper
 
 __all__ = ["DEFAULT_PAGE_SIZES", "BasicMemoryMapper"]
 
@@ -69,6 +70,11 @@ class BasicMemoryMapper:
     def id(self) -> int:
         """Return a number no other mapper ever had."""
         return self._id
+
+    def join(self, other: MemoryMapper) -> bool:
+        """Return false: each endpoint has export sessions, and so a map, of its own."""
+        del other
+        return False
 
     def reset_domain(self) -> Event | None:
         """Remove every mapping; see :meth:`viommu.mapper.MemoryMapper.reset_domain`."""

@@ -139,7 +139,7 @@ class Domain:
         if group.broken:
             raise InternalError(f"mapper {group.mapper.id()} is out of order: {group.broken}")
         resolution = None
-        if old.holds_mappings:
+        if old.holds_mappings or old.shares_space(group):
             if not group.mapper.supports_detach():
                 raise GuestError(Status.UNSUPP, f"mapper {group.mapper.id()} can't be detached")
             resolution = group.mapper.reset_domain()
@@ -157,6 +157,11 @@ class Domain:
     def holds_mappings(self) -> bool:
         """Whether a mapper in this domain has anything mapped."""
         return self.kind is DomainKind.BYPASS or len(self.map) > 0
+
+    def shares_space(self, group: EndpointGroup) -> bool:
+        """Whether the mapper of another group here has joined the space of this one."""
+        number = group.mapper.id()
+        return any(mate.mapper.id() == number for mate in self.groups if mate is not group)
 
     def restore(self, group: EndpointGroup) -> None:
         """Load this domain into ``group``'s emptied mapper again after a failed move."""
@@ -176,11 +181,12 @@ class Domain:
         self._check_in_order()
         if not self.map.add(mapping):
             raise GuestError(Status.INVAL, f"{mapping} overlaps a mapping of domain {self.id}")
-        for done, group in enumerate(self.groups):
+        spaces = self._spaces()
+        for done, group in enumerate(spaces):
             try:
                 _add(group.mapper, mapping)
             except (BackendError, GuestError):
-                for earlier in self.groups[:done]:
+                for earlier in spaces[:done]:
                     _remove_or_break(earlier, mapping)
                 self.map.remove(mapping.iova, mapping.iova + mapping.size)
                 raise
@@ -201,13 +207,14 @@ class Domain:
         if not removed:
             return []
         waits: list[Event] = []
-        for done, group in enumerate(self.groups):
+        spaces = self._spaces()
+        for done, group in enumerate(spaces):
             try:
                 resolution = _remove(group.mapper, start, end)
             except (BackendError, InternalError):
                 for mapping in removed:
                     self.map.add(mapping)
-                    for earlier in self.groups[:done]:
+                    for earlier in spaces[:done]:
                         _add_or_break(earlier, mapping)
                 raise
             if resolution is not None:
@@ -219,8 +226,21 @@ class Domain:
             if group.broken:
                 raise InternalError(f"mapper {group.mapper.id()} is out of order: {group.broken}")
 
+    def _spaces(self) -> list[EndpointGroup]:
+        """Return one group for each distinct address space: some mappers share theirs."""
+        if len(self.groups) < 2:
+            return self.groups
+        spaces: dict[int, EndpointGroup] = {}
+        for group in self.groups:
+            spaces.setdefault(group.mapper.id(), group)
+        return list(spaces.values())
+
     def _load(self, mapper: MemoryMapper) -> None:
         """Give an empty mapper this domain's mappings, or leave it empty."""
+        if self.kind is not DomainKind.BLOCKED and any(
+            mapper.join(mate.mapper) for mate in self.groups if mate.mapper is not mapper
+        ):
+            return
         if self.kind is DomainKind.BYPASS:
             _add(mapper, IDENTITY)
             return

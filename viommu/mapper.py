@@ -104,7 +104,20 @@ class MemoryMapper(Protocol):
     def id(self) -> int:
         """Return a number unique among live mappers of this process.
 
-        Two endpoints with the same number share one address space.
+        Two endpoints with the same number share one address space. The number
+        of a mapper that can :meth:`join` another is that of the space it is in.
+        """
+
+    def join(self, other: MemoryMapper) -> bool:
+        """Share the address space of ``other`` instead of holding a copy of its mappings.
+
+        This mapper is empty. Afterwards both have the same :meth:`id`, what is
+        mapped through one is mapped for both, and :meth:`reset_domain` leaves
+        what is shared as it is. False, and no change, where that can't be:
+        the caller then adds mapping after mapping.
+
+        Raises:
+            BackendError: The host refused; this mapper is still empty.
         """
 
     def reset_domain(self) -> Event | None:
