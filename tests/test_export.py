@@ -230,6 +230,19 @@ def test_a_hole_faults_with_the_access_that_was_tried(world: World) -> None:
     assert caught.value.access is Access.WRITE
 
 
+def test_missing_protection_before_a_hole_faults_first(world: World) -> None:
+    world.mapper.remove_map(2 * PAGE, PAGE)
+
+    with pytest.raises(TranslationFault) as caught:
+        world.region(PAGE, 2 * PAGE, Access.WRITE)
+    assert caught.value.iova == PAGE
+
+    with pytest.raises(TranslationFault) as caught:
+        world.region(PAGE, 2 * PAGE, Access.READ)
+    assert caught.value.iova == 2 * PAGE
+    assert world.mapper.exports.total == 0
+
+
 def test_mapped_but_no_memory_is_told_apart_from_a_fault(world: World) -> None:
     with world.region(2 * PAGE, 4, Access.READ) as region, pytest.raises(GuestMemoryError):
         region.read()

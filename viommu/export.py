@@ -232,6 +232,9 @@ class ExportedRegion:
         try:
             self.regions: list[MemRegion] = mapper.export(iova, size)
         except TranslationFault as fault:
+            if fault.iova > iova:
+                # What lies before the hole may lack the protection: that faults first.
+                ExportedRegion(mapper, memory, iova, fault.iova - iova, access).release()
             raise TranslationFault(fault.iova, access, fault.reason) from None
         self._open = True
         at = iova

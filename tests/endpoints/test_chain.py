@@ -228,7 +228,7 @@ def test_stray_dma_is_blocked_and_reported(guest: Guest) -> None:
     )
     guest.attach(EDU)
     guest.map(IOVA, page, access=Access.READ)
-    for iova in (IOVA, IOVA + PAGE, page):
+    for iova in (IOVA, IOVA + PAGE - 4, IOVA + PAGE, page):
         assert edu.write_memory(iova, 8) == Result.TRANSLATION_FAULT
         assert guest.iommu.next_fault() == FaultReport(
             FaultReason.MAPPING, WRITE_FAULT, EDU.number, iova
