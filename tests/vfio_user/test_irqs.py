@@ -163,10 +163,11 @@ def test_trigger_bool(lines: IrqLines, eventfd: Callable[..., int]) -> None:
 
 
 def test_trailing_bytes_are_ignored(lines: IrqLines, eventfd: Callable[..., int]) -> None:
-    fd = eventfd()
-    assign(lines, 0, fd)
-    lines.set_irqs(irq_set(TRIGGER | NONE, MSIX, 0, 1, b"junk", argsz=20), [])
-    assert raised(fd) == 1
+    fds = [eventfd(), eventfd()]
+    assign(lines, 0, *fds)
+    for junk in (b"\0", b"junk"):
+        lines.set_irqs(irq_set(TRIGGER | NONE, MSIX, 0, 2, junk, argsz=20), [])
+        assert [raised(fd) for fd in fds] == [1, 1]
 
 
 def test_a_masked_interrupt_waits(lines: IrqLines, eventfd: Callable[..., int]) -> None:

@@ -60,7 +60,9 @@ class IrqSet:
             raise _invalid(f"no vectors, and flags {flags:#x} from {start} don't disable all")
         if index in (vfio.PCI_ERR_IRQ_INDEX, vfio.PCI_REQ_IRQ_INDEX) and not trigger:
             raise _invalid(f"interrupt {index} can't be masked")
-        if data == vfio.IRQ_SET_DATA_BOOL and len(bools) != count:
+        if data != vfio.IRQ_SET_DATA_BOOL:
+            bools = b""  # whatever follows is ignored
+        elif len(bools) != count:
             raise _invalid(f"{len(bools)} booleans for {count} vectors")
         wanted = (0, count) if data == vfio.IRQ_SET_DATA_EVENTFD else (0,)
         if nr_fds not in wanted:
