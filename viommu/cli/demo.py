@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
-from rich.console import Console
 from rich.text import Text
 
+from viommu.cli.console import make_console
 from viommu.cli.demo_server import DemoServer
 from viommu.cli.exit_codes import CliError, ExitCode
 from viommu.cli.iova_picture import FaultMark, Piece, PieceKind, about, draw, segments
@@ -73,8 +72,6 @@ READ_UNTIL: Final = 0.24
 
 TITLE: Final = "A virtio-iommu between devices and memory"
 
-_PLAIN_WIDTH: Final = 100  # columns where the output is no terminal
-
 
 @click.command()
 def demo() -> int:
@@ -85,9 +82,7 @@ def demo() -> int:
     device holds the memory, detach. Everything that is shown is verified; exit
     code 1 when something that is claimed did not happen.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PLAIN_WIDTH
+    console = make_console()
     timeline = Timeline(console)
     with tempfile.TemporaryDirectory(prefix="viommu-demo-") as home:
         play(timeline, Path(home))

@@ -7,13 +7,13 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.live import Live
 
 from viommu._version import __version__
+from viommu.cli.console import make_console
 from viommu.cli.exit_codes import CliError
 from viommu.cli.snapshot_view import view
 from viommu.control import SOCKET_NAME, ControlClient
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["inspect"]
-
-_PLAIN_WIDTH: Final = 120  # columns where the output is no terminal
 
 
 @click.command()
@@ -55,9 +53,7 @@ def inspect(directory: Path, interval: float, *, as_json: bool, watch: bool) -> 
             for snapshot in looks:
                 click.echo(json.dumps(snapshot, separators=(",", ":") if watch else None))
             return
-        console = Console(highlight=False)
-        if not console.is_terminal and "COLUMNS" not in console._environ:  # noqa: SLF001
-            console.width = _PLAIN_WIDTH
+        console = make_console()
         if not watch:
             console.print(_render(next(looks)))
         elif not console.is_terminal:

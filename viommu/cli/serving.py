@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["ServeOptions", "Serving", "endpoint_help", "machine_options", "report", "serving"]
 
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
-
-_log = logging.getLogger(__name__)
 
 
 def machine_options(command: _Command) -> _Command:
@@ -168,7 +165,7 @@ def serving(loop: Loop, options: ServeOptions) -> Iterator[Serving]:
         )
         directory = stack.enter_context(ServerDirectory(path))
         try:
-            machine = Machine(loop, machine_options, _log.error)
+            machine = Machine(loop, machine_options)
         except OSError as error:
             raise _cannot_open(error) from error
         stack.callback(machine.close)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from viommu.cli.console import make_console
 from viommu.cli.exit_codes import CliError, ExitCode
 from viommu.cli.parameters import parsed
 from viommu.vmm import Bdf, build_viot, check_topology, parse_viot
@@ -89,7 +88,7 @@ def _read(path: Path) -> bytes:
 
 def _show(data: bytes) -> int:
     table = parse_viot(data)
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = make_console()
     console.print(f"VIOT, {len(data)} bytes, {len(table.nodes)} nodes")
     nodes = Table("offset", "type", "length", "node", box=None, pad_edge=False)
     for node in table.nodes:
