@@ -227,6 +227,13 @@ def test_system_reset_and_disconnect() -> None:
     function.reset()  # QEMU sends two
     function.disconnect()
     assert function.events[3:] == [ResetKind.SYSTEM, ResetKind.DISCONNECT]
+
+
+def test_nobody_is_interrupted_after_a_disconnect() -> None:
+    function = Function()
+    function.disconnect()
+    enable_messages(function, spec.CAP_ID_MSIX, spec.MSIX_CTRL_ENABLE)
+    function.config_write(spec.COMMAND, spec.COMMAND_MASTER, 2)
     function.raise_msix(0)
     assert function.lines.raised == []
 

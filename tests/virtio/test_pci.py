@@ -145,6 +145,16 @@ def test_a_configuration_change_is_told_once_the_driver_runs() -> None:
     assert guest.lines.raised == [0]
 
 
+def test_a_configuration_change_is_not_told_before_the_driver_runs() -> None:
+    guest = Guest()
+    guest.master()
+    guest.enable_msix()
+    guest.negotiate(VERSION_1)
+    guest["config_msix_vector"] = 0
+    guest.function.config_changed()
+    assert guest.lines.raised == []
+
+
 def test_the_generation_wraps() -> None:
     guest = Guest()
     for _ in range(256):

@@ -136,7 +136,7 @@ class PciFunction:
         if indices[-1] >= spec.NUM_BARS or not self._bars_taken.isdisjoint(indices):
             raise UsageError(f"BAR {index} is taken or does not exist")
         flags = (spec.BAR_PREFETCH if prefetchable else 0) | (spec.BAR_MEM_64 if bits64 else 0)
-        mask = -size & (1 << 32 * len(indices)) - 1 & ~0xF
+        mask = -size & (1 << 32 * len(indices)) - 1
         offset = spec.BASE_ADDRESS_0 + 4 * index
         width = 4 * len(indices)
         self.config.define(
