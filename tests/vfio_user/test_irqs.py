@@ -223,6 +223,11 @@ def test_only_eventfds_are_taken(lines: IrqLines, eventfd: Callable[..., int], k
             os.close(each)
 
 
+def test_what_is_not_even_open_is_not_taken(lines: IrqLines) -> None:
+    with pytest.raises(PeerError, match="not an eventfd"):
+        lines.set_irqs(irq_set(EVENTFD | TRIGGER, MSIX, 0, 1), [1_000_000])
+
+
 @pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK])
 def test_a_full_eventfd_never_blocks(
     lines: IrqLines, eventfd: Callable[..., int], flags: int

@@ -77,6 +77,12 @@ def test_what_is_wrong_with_a_path_is_said(tmp_path: Path, name: str, why: str) 
         Listener(tmp_path / name)
 
 
+def test_any_other_reason_is_said_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="Not a directory"):
+        Listener(tmp_path / "file" / "s")
+
+
 def test_a_path_that_became_another_s_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = Listener(path)

@@ -152,6 +152,32 @@ def test_a_client_that_died_with_replies_unread_gives_way(
     first.socket.close()
 
 
+def test_a_defect_of_the_device_ends_nothing(
+    connect: Callable[[], Peer],
+    bank: RegisterBank,
+    files: MappedFiles,
+    memfd: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    peer = connect()
+    peer.ok(Command.VERSION, HELLO)
+    peer.ok(Command.DMA_MAP, dma_map(0, PAGE), [memfd()])
+    bank.irqs = None  # so that its disconnect() fails
+    peer.close()
+    assert "internal error" in caplog.text
+    assert bank.memory.regions() == []
+    assert len(files) == 0
+    connect().ok(Command.VERSION, HELLO)
+
+
+def test_nobody_to_accept_is_no_error(server: Server, connect: Callable[[], Peer]) -> None:
+    server._accept()
+    server.close()
+    server._accept()
+    server._accept_again()
+    assert server.clients == 0
+
+
 def test_a_client_has_to_negotiate_in_time(
     connect: Callable[[], Peer], clock: Clock, server: Server
 ) -> None:

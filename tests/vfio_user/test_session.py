@@ -104,6 +104,16 @@ def test_too_small(peer: Peer) -> None:
     assert peer.ok(Command.DEVICE_RESET) == b""
 
 
+@pytest.mark.parametrize("size", [3, spec.MAX_MESSAGE + 1])
+def test_fds_of_an_impossible_message_are_closed(
+    peer: Peer, memfd: Callable[..., int], size: int
+) -> None:
+    fd = memfd()
+    before = open_fds()
+    assert peer.refused(Command.DMA_MAP, b"", [fd], size=size) == EINVAL
+    assert open_fds() <= before
+
+
 def test_too_large(peer: Peer) -> None:
     assert peer.refused(Command.REGION_WRITE, size=spec.MAX_MESSAGE + 1) == EINVAL
     assert peer.closed()  # the body would be taken for messages

@@ -173,15 +173,17 @@ class GuestMemory:
         Raises:
             GuestMemoryError: Some of it is not memory, not shared or not writable.
         """
-        size = memoryview(data).nbytes
+        # Whatever has elements of another size is seen as bytes.
+        source = data if isinstance(data, bytes | bytearray) else memoryview(data).cast("B")
+        size = len(source)
         region = self._last
         if region.writable and region.start <= gpa and gpa + size <= region.end:
             start = gpa - region.start
-            region.view[start : start + size] = memoryview(data).cast("B")
+            region.view[start : start + size] = source
             return
-        source = memoryview(data).cast("B")
+        views = self.views(gpa, size, write=True)
         done = 0
-        for view in self.views(gpa, size, write=True):
+        for view in views:
             view[:] = source[done : done + len(view)]
             done += len(view)
 
