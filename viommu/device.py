@@ -152,7 +152,7 @@ class VirtioIommu:
         self.faults_dropped = 0
         self._blocked = Domain(DomainKind.BLOCKED)
         self._bypassed = Domain(DomainKind.BYPASS)
-        self._groups: dict[int, EndpointGroup] = {}
+        self._groups: list[EndpointGroup] = []
         self._pending: deque[bytes] = deque()
         self._listening = False
         self._granule_mask = (self.config.page_size_mask & -self.config.page_size_mask) - 1
@@ -175,8 +175,8 @@ class VirtioIommu:
     ) -> Endpoint:
         """Put an endpoint behind this device, unattached.
 
-        ``reserved`` is what PROBE reports and MAP refuses. Endpoints given mappers
-        with the same ``id()`` share an address space.
+        ``reserved`` is what PROBE reports and MAP refuses. Endpoints given the same
+        mapper are those that the host can't tell apart.
 
         Raises:
             UsageError: The id is taken or no 32-bit number, the mapper can't map the
@@ -197,9 +197,11 @@ class VirtioIommu:
                 f"{len(regions)} reserved regions don't fit into probe_size "
                 f"{self.config.probe_size}"
             )
-        group = self._groups.get(mapper.id()) or self._unattached.add_group(mapper)
+        group = next((group for group in self._groups if group.mapper is mapper), None)
+        if group is None:
+            group = self._unattached.add_group(mapper)
+            self._groups.append(group)
         endpoint = Endpoint(endpoint_id, group, regions)
-        self._groups[mapper.id()] = endpoint.group
         endpoint.group.endpoints.append(endpoint)
         self.endpoints[endpoint_id] = endpoint
         return endpoint
@@ -556,7 +558,7 @@ class VirtioIommu:
         """Raise InternalError when an invariant is broken."""
         for domain in (self._blocked, self._bypassed, *self.domains.values()):
             domain._check()  # noqa: SLF001 - the invariants of our own part
-        for group in self._groups.values():
+        for group in self._groups:
             if group not in group.domain.groups:
                 raise InternalError(f"mapper {group.mapper.id()} is in no domain")
         for endpoint in self.endpoints.values():

@@ -21,6 +21,8 @@ from viommu.mapper import MappingInfo
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from viommu.memory.backing import FileBacking
+
 __all__ = ["HostMap", "HostSpace", "Piece"]
 
 _log = logging.getLogger(__name__)
@@ -29,14 +31,14 @@ _log = logging.getLogger(__name__)
 class Piece(NamedTuple):
     """Guest memory ``[gpa, gpa + size)``, and where this process has it.
 
-    ``va`` is its address here, ``fd`` and ``offset`` the file behind it; either may
-    be missing. ``device`` tells a BAR from RAM.
+    ``va`` is its address here, ``file`` from ``offset`` on what is behind it; either
+    may be missing. ``device`` tells a BAR from RAM.
     """
 
     gpa: int
     size: int
     va: int | None
-    fd: int | None
+    file: FileBacking | None
     offset: int
     writable: bool
     device: bool

@@ -1,0 +1,212 @@
+"""The memory mapper of devices behind iommufd: a domain is an I/O address space (IOAS).
+
+The first group of a domain makes an IOAS, is attached to it, and only then maps
+into it: an IOAS without a device accepts anything, and the next ATTACH would have
+to pay for that. A further group joins with one ioctl, and nothing is mapped or
+pinned twice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from viommu.errors import BackendError, InternalError
+from viommu.mapper import AddMapResult, MappingInfo, RemoveMapResult, next_mapper_id
+from viommu.memory.dma_target import AddressRange, DmaNeeds, require_host_va
+from viommu_backends.bar_file import BarFile
+from viommu_backends.host_mapper import HostTarget, NoExports
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from viommu.errors import Access
+    from viommu.events import Event
+    from viommu.mapper import MemoryMapper
+    from viommu.memory.dma_target import DmaRegistration, DmaTarget
+    from viommu_backends.host_map import Piece
+    from viommu_backends.iommufd_context import Iommufd
+    from viommu_backends.vfio_device import VfioDevice
+
+__all__ = ["IommufdMapper"]
+
+_PAGE: Final = os.sysconf("SC_PAGESIZE")
+
+
+class _IoasSpace:
+    """An IOAS as :class:`~viommu_backends.host_map.HostSpace`."""
+
+    page_size = _PAGE
+
+    def __init__(self, context: Iommufd) -> None:
+        self.context = context
+        self.number = context.alloc_ioas()
+
+    def map(self, iova: int, piece: Piece, prot: Access) -> None:
+        """Map a piece: a BAR by dma-buf, a memfd by file, the rest by address."""
+        context, file = self.context, piece.file
+        if isinstance(file, BarFile):
+            fd = file.dma_buf(piece.offset, piece.size)
+            try:
+                # The kernel keeps the dma-buf; the fd has done its part.
+                context.map_file(self.number, iova, fd, 0, piece.size, prot)
+            finally:
+                os.close(fd)
+        elif file is not None and context.can_map_files():
+            context.map_file(self.number, iova, file.fileno(), piece.offset, piece.size, prot)
+        else:
+            where = AddressRange(piece.gpa, piece.gpa + piece.size)
+            va = require_host_va(where, piece.va)
+            context.map(self.number, iova, va, piece.size, prot)
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Remove one entry; the kernel must find exactly that."""
+        removed = self.context.unmap(self.number, iova, size)
+        if removed != size:
+            raise InternalError(f"{removed:#x} bytes were unmapped at {iova:#x}, not {size:#x}")
+
+
+class _Ioas(HostTarget):
+    """The IOAS of one domain, shared by its groups; it follows guest memory while it lives."""
+
+    def __init__(self, context: Iommufd, register: Callable[[_Ioas], DmaRegistration]) -> None:
+        self.space = _IoasSpace(context)
+        super().__init__(self.space)
+        self.id = next_mapper_id()
+        self._users = 1
+        try:
+            self._registration = register(self)
+        except BaseException:
+            context.destroy(self.space.number)
+            raise
+
+    def share(self) -> _Ioas:
+        """Take one more use."""
+        self._users += 1
+        return self
+
+    def leave(self) -> None:
+        """Give one use back; with the last one everything is unmapped and destroyed."""
+        self._users -= 1
+        if self._users:
+            return
+        self._registration.release()
+        self.host.clear()
+        self.space.context.destroy(self.space.number)
+
+
+class IommufdMapper(NoExports):
+    """Maps guest memory for the devices of one group; satisfies the contract of a mapper.
+
+    ``register`` subscribes a DMA target to guest memory, under a name and with its
+    needs. The devices are bound to ``context``, and blocked until something is mapped.
+    """
+
+    def __init__(
+        self,
+        context: Iommufd,
+        devices: Sequence[VfioDevice],
+        register: Callable[[str, DmaTarget, DmaNeeds], DmaRegistration],
+    ) -> None:
+        self.context = context
+        self.devices = tuple(devices)
+        self._register = register
+        self._id = next_mapper_id()
+        self._ioas: _Ioas | None = None
+
+    @property
+    def ioas(self) -> int | None:
+        """The kernel's number of the IOAS that the group is in, ``None`` while it is blocked."""
+        return self._ioas.space.number if self._ioas else None
+
+    def mappings(self) -> list[MappingInfo]:
+        """Return what the guest mapped for this domain (for inspection)."""
+        return self._ioas.host.mappings() if self._ioas else []
+
+    def entries(self) -> list[MappingInfo]:
+        """Return what the IOAS holds (for inspection)."""
+        return self._ioas.host.entries() if self._ioas else []
+
+    def add_map(self, mapping: MappingInfo) -> AddMapResult:
+        """Map; see the contract. The first mapping makes an IOAS."""
+        made = self._ioas is None
+        ioas = self.enter()
+        try:
+            added = ioas.host.add(mapping)
+        except BackendError:
+            if made:
+                self.reset_domain()
+            raise
+        return AddMapResult.OK if added else AddMapResult.OVERLAP_FAILURE
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        """Unmap; see the contract. When it returns no device reaches the memory any more."""
+        if self._ioas is None:
+            return RemoveMapResult(ok=True)
+        removed = self._ioas.host.remove(iova_start, iova_start + size)
+        return RemoveMapResult(ok=removed is not None)
+
+    def get_mask(self) -> int:
+        """Return every multiple of the page: the kernel picks the largest that fit."""
+        return -_PAGE & (1 << 64) - 1
+
+    def supports_detach(self) -> bool:
+        """Return true: DETACH blocks the group."""
+        return True
+
+    def id(self) -> int:
+        """Return the number of the space that the group is in, or of the mapper alone."""
+        return self._ioas.id if self._ioas else self._id
+
+    def join(self, other: MemoryMapper) -> bool:
+        """Attach to the IOAS of ``other``: one ioctl a device, whatever is mapped."""
+        if not isinstance(other, IommufdMapper) or other.context is not self.context:
+            return False
+        if self._ioas is not None:
+            raise InternalError("a mapper joins another while it has an address space")
+        ioas = other.enter()
+        self._attach(ioas)
+        self._ioas = ioas.share()
+        return True
+
+    def reset_domain(self) -> Event | None:
+        """Leave the IOAS; what others have mapped there stays."""
+        if self._ioas is not None:
+            for device in self.devices:
+                device.detach()
+            ioas, self._ioas = self._ioas, None
+            ioas.leave()
+        return None
+
+    def enter(self) -> _Ioas:
+        """Return the IOAS that the devices are attached to, made now if there is none."""
+        if self._ioas is None:
+            ioas = _Ioas(self.context, self._subscribe)
+            try:
+                self._attach(ioas)
+            except BackendError:
+                ioas.leave()
+                raise
+            self._ioas = ioas
+        return self._ioas
+
+    def _attach(self, ioas: _Ioas) -> None:
+        """Attach every device, or none."""
+        for number, device in enumerate(self.devices):
+            try:
+                device.attach(ioas.space.number)
+            except BackendError:
+                for earlier in self.devices[:number]:
+                    earlier.detach()
+                raise
+
+    def _subscribe(self, ioas: _Ioas) -> DmaRegistration:
+        # Addresses are only needed where files can't be mapped; private memory
+        # has no file, and an address is what is left.
+        needs = DmaNeeds.NONE if self.context.can_map_files() else DmaNeeds.HOST_VA
+        return self._register(f"iommufd IOAS {ioas.space.number}", ioas, needs)
+
+    def _check(self) -> None:
+        """Raise InternalError when an invariant is broken."""
+        if self._ioas is not None:
+            self._ioas.host._check()  # noqa: SLF001 - the invariants of our own part
