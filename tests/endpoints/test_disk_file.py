@@ -114,6 +114,18 @@ def test_zeroes_are_written_where_the_file_system_cannot_zero(
     assert image.read_bytes() == content[:512] + bytes(end - 512) + content[end:]
 
 
+def test_memory_is_a_file_system_that_cannot_zero() -> None:
+    fd = os.memfd_create("disk")
+    try:
+        os.write(fd, b"x" * 8192)
+        disk = DiskFile(Path(f"/proc/self/fd/{fd}"))
+        disk.write_zeroes(512, 4096, unmap=False)
+        disk.close()
+        assert os.pread(fd, 8192, 0) == b"x" * 512 + bytes(4096) + b"x" * 3584
+    finally:
+        os.close(fd)
+
+
 def test_discard_frees_blocks(disk: DiskFile, image: Path) -> None:
     os.sync()
     before = image.stat().st_blocks
@@ -158,6 +170,28 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
 def test_says_why_it_cannot_open(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         DiskFile(tmp_path / "absent.img")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_says_when_reading_only_would_help(
+    image: Path, monkeypatch: pytest.MonkeyPatch, *, read_only: bool
+) -> None:
+    def denied(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", denied)  # root is denied nothing
+    with pytest.raises(UsageError, match="Permission denied") as caught:
+        DiskFile(image, read_only=read_only)
+    assert ("readonly=on" in str(caught.value)) is not read_only
+
+
+def test_a_file_system_without_locks_is_told(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UsageError, match="can't lock the disk: No locks available"):
+        DiskFile(image)
 
 
 def test_a_disk_in_use_is_refused_and_free_after_close(image: Path) -> None:

@@ -166,6 +166,7 @@ def test_interrupts_are_raised_and_acknowledged(edu: Edu) -> None:
         (Register.DMA_SOURCE + 4, 4),
         (0xA0, 8),
         (Register.RELEASED_AT + 8, 8),
+        (Register.RELEASED_AT + 12, 4),
         (Register.HOLD + 4, 8),
         (0x40000, 4),
         (BAR_SIZE - 1, 1),

@@ -231,6 +231,14 @@ def test_an_unmap_waits_until_a_held_transfer_has_finished(rig: Rig) -> None:
     assert [f.iova for f in rig.faults] == [IOVA]
 
 
+def test_a_fault_without_a_transfer_is_none_of_its_business(rig: Rig, engine: Engine) -> None:
+    rig.map(IOVA, GPA, PAGE)
+    rig.dma.views(IOVA, 8, write=False)
+    rig.unmap(IOVA, PAGE)
+    rig.advance(0)
+    assert (engine.faulted_at, engine.transfers) == (0, 0)
+
+
 def test_a_transfer_may_let_go_at_once(rig: Rig) -> None:
     engine = Engine(rig, hold_ms=125)
     engine.fault_policy = FaultPolicy.RELEASE

@@ -85,6 +85,54 @@ def test_what_is_no_virtio_function_is_refused(ram: GuestRam) -> None:
         VirtioPciDriver(client, DirectDma(ram))
 
 
+def test_a_reset_that_does_not_end_is_given_up(ram: GuestRam) -> None:
+    device = EchoDevice()
+
+    def make(loop: Loop) -> VirtioPciFunction:
+        return VirtioPciFunction("stubborn", GuestMemory(), device)
+
+    with connected(make) as client:
+        ram.give(client)
+        with VirtioPciDriver(client, DirectDma(ram)) as driver:
+            driver.negotiate()
+            device.finish_resets = False
+            driver.timeout = 0.01
+            with pytest.raises(TimeoutError, match="the reset has not finished"):
+                driver.reset()
+
+
+def test_refused_features_are_told(ram: GuestRam) -> None:
+    device = EchoDevice()
+    device.finish_resets = False  # and until then a device accepts nothing
+
+    def make(loop: Loop) -> VirtioPciFunction:
+        return VirtioPciFunction("refusing", GuestMemory(), device)
+
+    with connected(make) as client:
+        ram.give(client)
+        with (
+            VirtioPciDriver(client, DirectDma(ram)) as driver,
+            pytest.raises(UsageError, match="refuses the features 0x130000005"),
+        ):
+            driver.negotiate()
+
+
+class Picky(EchoDevice):
+    """Insists on an IOMMU."""
+
+    behind_iommu = True
+
+
+def test_features_that_the_device_needs_are_always_accepted(ram: GuestRam) -> None:
+    def make(loop: Loop) -> VirtioPciFunction:
+        return VirtioPciFunction("picky", GuestMemory(), Picky())
+
+    with connected(make) as client:
+        ram.give(client)
+        with VirtioPciDriver(client, DirectDma(ram)) as driver:
+            assert driver.negotiate(0) == 1 << Feature.VERSION_1 | 1 << Feature.ACCESS_PLATFORM
+
+
 def test_negotiates(driver: VirtioPciDriver) -> None:
     accepted = driver.negotiate(1 << 2)
     assert accepted == 1 << 2 | 1 << Feature.VERSION_1
@@ -110,9 +158,10 @@ def test_takes_several_back_in_any_order(driver: VirtioPciDriver, ram: GuestRam)
     echo.queue.kick()
     assert echo.queue.wait(tickets[2]) == 3
     assert echo.queue.poll() == {tickets[0]: 1, tickets[1]: 2}
-    assert echo.queue.take() == (tickets[0], 1)
+    assert echo.queue.wait_any() == (tickets[0], 1)
     assert echo.queue.wait(tickets[1]) == 2
-    assert echo.queue.take() is None
+    with pytest.raises(TimeoutError):
+        echo.queue.wait_any(0.01)
 
 
 def test_what_is_not_waited_for_is_not_mixed_up(driver: VirtioPciDriver, ram: GuestRam) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viommu.errors import GuestMemoryError, UsageError
+from viommu.errors import GuestMemoryError, PeerError, UsageError
 from viommu.testing.guest_ram import PAGE, DirectDma, DmaBuffer, GuestRam, PageAllocator
 
 
@@ -83,3 +83,8 @@ def test_direct_buffers_have_one_address() -> None:
         assert ram.memory.read(buffer.gpa, 1) == b"x"
         dma.free(buffer)
         assert dma.allocate(1).gpa == 0
+
+
+def test_memory_that_cannot_be_leaves_nothing_open() -> None:
+    with pytest.raises(PeerError):
+        GuestRam(PAGE, base=2**64)

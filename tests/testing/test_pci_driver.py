@@ -65,6 +65,16 @@ def test_capabilities(driver: PciDriver) -> None:
         driver.capability(pci.CAP_ID_MSIX)
 
 
+def test_a_broken_capability_chain_is_refused() -> None:
+    def make(loop: Loop) -> Bell:
+        bell = Bell(msix=False)
+        bell.config.define(pci.CAPABILITY_LIST, b"\x10")
+        return bell
+
+    with connected(make) as client, pytest.raises(UsageError, match="broken at 0x10"):
+        PciDriver(client).capability(pci.CAP_ID_MSI)
+
+
 def test_msi(driver: PciDriver) -> None:
     event = driver.enable_msi()
     driver.set_bus_master()

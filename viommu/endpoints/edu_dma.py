@@ -108,8 +108,6 @@ class DmaEngine:
             )
         except (TranslationFault, ExportError):
             return Result.TRANSLATION_FAULT
-        except GuestMemoryError:
-            return Result.NO_MEMORY
         return Result.OK
 
     def _finish(self, result: Result) -> None:

@@ -6,6 +6,7 @@ It drives a device over the same socket that a VMM uses.
 from __future__ import annotations
 
 import itertools
+import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from viommu.errors import UsageError
@@ -16,7 +17,7 @@ from viommu.testing.pci_driver import PciDriver, wait_for
 from viommu.testing.ring import DriverQueue, RingLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from viommu.events import Event
     from viommu.testing.guest_ram import DmaBuffer, DmaSpace
@@ -98,25 +99,31 @@ class Virtqueue:
             TimeoutError: It has not come back within ``timeout`` seconds, by default
                 the driver's.
         """
-        wait_for(
-            self.event,
-            lambda: self._has(ticket),
-            self._driver.timeout if timeout is None else timeout,
-            f"completion on queue {self.index}",
-        )
+        self._wait(lambda: ticket in self._lengths, timeout)
         return self._lengths.pop(ticket)
 
-    def take(self) -> tuple[int, int] | None:
-        """Return ticket and used length of one chain that is back, the oldest first."""
-        lengths = self.poll()
-        ticket = next(iter(lengths), None)
-        return None if ticket is None else (ticket, lengths.pop(ticket))
+    def wait_any(self, timeout: float | None = None) -> tuple[int, int]:
+        """Wait until some chain is back; return ticket and used length of the oldest.
 
-    def _has(self, ticket: int) -> bool:
-        while ticket not in self.poll():
-            # What comes back after this look raises an interrupt.
+        Raises:
+            TimeoutError: As :meth:`wait` does.
+        """
+        self._wait(lambda: bool(self._lengths), timeout)
+        ticket = next(iter(self._lengths))
+        return ticket, self._lengths.pop(ticket)
+
+    def _wait(self, found: Callable[[], bool], timeout: float | None) -> None:
+        timeout = self._driver.timeout if timeout is None else timeout
+        what = f"completion on queue {self.index}"
+        wait_for(self.event, lambda: self._look(found), timeout, what)
+
+    def _look(self, found: Callable[[], bool]) -> bool:
+        self.poll()
+        while not found():
+            # What comes back after this raises an interrupt.
             if not self.ring.enable_interrupts():
                 return False
+            self.poll()
         return True
 
 
@@ -165,14 +172,14 @@ class VirtioPciDriver:
         """Reset the device and wait until that is done.
 
         Raises:
-            TimeoutError: The status stays other than zero.
+            TimeoutError: It is not done in time; exports of endpoints may hold it up.
         """
         self._common_write("device_status", 0)
-        for _ in range(1000):
-            if not self.status:
-                break
-        else:
-            raise TimeoutError("the device does not finish its reset")
+        deadline = time.monotonic() + self.timeout
+        while self.status:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the reset has not finished within {self.timeout} s")
+            time.sleep(0.001)  # there is no interrupt for it
         self._forget_queues()
         for ring in self._rings:
             self.dma.free(ring)

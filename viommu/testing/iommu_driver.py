@@ -13,7 +13,6 @@ from viommu.spec import virtio_iommu as spec
 from viommu.spec.virtio_iommu import RequestType, Status
 from viommu.testing.driver import DEFAULT_TIMEOUT, VirtioPciDriver
 from viommu.testing.guest_ram import PAGE, DirectDma, DmaBuffer
-from viommu.testing.pci_driver import wait_for
 
 if TYPE_CHECKING:
     from viommu.testing.guest_ram import GuestRam
@@ -217,22 +216,12 @@ class IommuDriver:
             TimeoutError: None has come within ``timeout`` seconds, by default the
                 driver's.
         """
-        wait_for(
-            self.events.event,
-            self._has_report,
-            self.virtio.timeout if timeout is None else timeout,
-            "fault report",
-        )
-        taken = self.events.take()
-        if taken is None:
-            raise UsageError("a fault report was taken by somebody else")
-        ticket, length = taken
+        ticket, length = self.events.wait_any(timeout)
+        assert length == spec.FAULT.size, f"a fault report of {length} bytes"
         address = self._reports.pop(ticket)
-        report = FaultReport(*spec.FAULT.unpack(self.ram.memory.read(address, spec.FAULT.size)))
+        report = FaultReport(*spec.FAULT.unpack(self.ram.memory.read(address, length)))
         self._offer_buffer(address)
         self.events.kick()
-        if length != spec.FAULT.size:
-            raise UsageError(f"a fault report of {length} bytes")
         return report
 
     def faults(self) -> list[FaultReport]:
@@ -255,12 +244,6 @@ class IommuDriver:
     def _offer_buffer(self, address: int) -> None:
         ticket = self.events.add([], [(address, spec.FAULT.size)])
         self._reports[ticket] = address
-
-    def _has_report(self) -> bool:
-        while not self.events.poll():
-            if not self.events.ring.enable_interrupts():
-                return False
-        return True
 
 
 class MappedDma:
