@@ -208,7 +208,9 @@ class Session:
     def _refused(self, message: Message, error: ViommuError) -> int:
         self._counters.refused += 1
         self._refusals += 1
-        if self._refusals <= self._limits.logged_refusals:
+        # Memory that can't be used has been told of through ``refuse``.
+        told = isinstance(error, MemoryNotShared)
+        if self._refusals <= self._limits.logged_refusals and not told:
             # The text, not the error: a log that keeps records must not keep guest memory mapped.
             name, command, why = self._device.name, message.command, str(error)
             _LOG.warning("%s: command %d refused: %s", name, command, why)
