@@ -154,9 +154,9 @@ class Machine:
             self.loop, function, path, self._files, on_memory_refused=self._refused
         )
 
-    def _suspect_memory(self) -> None:
-        """Have it checked that we see what the driver writes: it kicked for nothing."""
-        self._servers[self.options.iommu].suspect_memory()
+    def _suspect_memory(self, gpa: int) -> None:
+        """Have it checked that we see what the driver writes there: it kicked for nothing."""
+        self._servers[self.options.iommu].suspect_memory(gpa)
 
     def _add_endpoint(self, bdf: Bdf, description: str) -> None:
         memory = GuestMemory()

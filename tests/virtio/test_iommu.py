@@ -57,13 +57,10 @@ class World:
         self.mapper = BasicMemoryMapper()
         self.iommu = VirtioIommu()
         self.iommu.add_endpoint(ENDPOINT, self.mapper)
-        self.idle_kicks = 0
-        self.device = VirtioIommuDevice(self.iommu, self.loop, self.idle)
+        self.idle_kicks: list[int] = []
+        self.device = VirtioIommuDevice(self.iommu, self.loop, self.idle_kicks.append)
         self.session: Event | None = None
         self.start()
-
-    def idle(self) -> None:
-        self.idle_kicks += 1
 
     def start(self) -> None:
         self.bus = Bus()
@@ -321,9 +318,9 @@ def test_a_device_without_queues_does_nothing(world: World) -> None:
 
 def test_a_kick_for_nothing_is_noticed(world: World) -> None:
     world.ask(UNKNOWN_DOMAIN)
-    assert world.idle_kicks == 0
+    assert world.idle_kicks == []
     world.device.notify(spec.REQUEST_QUEUE)
-    assert world.idle_kicks == 1
+    assert world.idle_kicks == [world.requests.layout.avail]
 
 
 def test_the_configuration_is_the_devices(world: World) -> None:

@@ -39,8 +39,9 @@ class VirtioIommuDevice(VirtioDevice):
     further request is taken until the exports that it revoked are released.
     ``loop`` does that waiting, and everything else goes on meanwhile.
 
-    ``on_idle_kick`` is called when the driver kicks and there is no request: it
-    may be that we don't see the memory that the driver writes to.
+    ``on_idle_kick`` is called, with the address of the available ring, when the
+    driver kicks and there is no request: it may be that we don't see the memory
+    that the driver writes to.
     """
 
     device_type = spec.DEVICE_ID
@@ -50,7 +51,7 @@ class VirtioIommuDevice(VirtioDevice):
     config_size = spec.CONFIG.size
 
     def __init__(
-        self, iommu: VirtioIommu, loop: Loop, on_idle_kick: Callable[[], None] | None = None
+        self, iommu: VirtioIommu, loop: Loop, on_idle_kick: Callable[[int], None] | None = None
     ) -> None:
         self.iommu = iommu
         self.parked_total = 0
@@ -95,9 +96,9 @@ class VirtioIommuDevice(VirtioDevice):
         """Look at a queue."""
         if index == spec.EVENT_QUEUE:
             self._deliver_faults()
-        elif self._runner is not None:
+        elif self._runner is not None and self._requests is not None:
             if self._on_idle_kick and not self._runner.parked and not self._runner.has_work():
-                self._on_idle_kick()
+                self._on_idle_kick(self._requests.avail_address)
             self._serve()
 
     def reset(self, kind: ResetKind) -> bool:

@@ -147,6 +147,11 @@ class SplitQueue:
         """How many chains were taken and are not published as used."""
         return self._in_flight
 
+    @property
+    def avail_address(self) -> int:
+        """Where the available ring is, which the driver writes."""
+        return self._addresses[1]
+
     def close(self) -> None:
         """Let go of the memory: there is no work any more, and what comes back is dropped."""
         self._closed = True
