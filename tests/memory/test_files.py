@@ -67,6 +67,49 @@ def test_no_file_descriptor_is_left(files: MappedFiles, memfd: Callable[..., int
     assert open_fds() == before
 
 
+def test_a_use_can_be_taken_without_a_descriptor(
+    files: MappedFiles, memfd: Callable[..., int]
+) -> None:
+    file = files.get(memfd(), 0, PAGE, writable=True)
+
+    assert file.retain() is file
+    file.close()
+    assert len(files) == 1
+    file.close()
+    assert len(files) == 0
+    with pytest.raises(UsageError, match="is closed"):
+        file.retain()
+
+
+def test_the_file_can_be_mapped_elsewhere_even_when_it_is_gone_here(
+    files: MappedFiles, memfd: Callable[..., int]
+) -> None:
+    fd = memfd()
+    file = files.get(fd, 0, PAGE, writable=True)
+    backing = file.backing.retain()
+    file.close()
+
+    assert backing.key == file.key
+    assert os.fstat(backing.fileno()).st_ino == os.fstat(fd).st_ino
+    backing.close()
+
+
+def test_a_descriptor_that_allows_writing_replaces_one_that_does_not(
+    files: MappedFiles, memfd: Callable[..., int]
+) -> None:
+    fd = memfd()
+    read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    file = files.get(read_only, 0, PAGE, writable=False)
+    os.close(read_only)
+    assert not file.backing.writable
+
+    assert files.get(fd, 0, PAGE, writable=True) is file
+
+    assert file.backing.writable
+    file.close()
+    file.close()
+
+
 def test_a_view_outlives_the_file_safely(files: MappedFiles, memfd: Callable[..., int]) -> None:
     fd = memfd()
     file = files.get(fd, 0, PAGE, writable=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EINVAL = errno.EINVAL
 TOP = 1 << 64
+FILE = 2  # descriptors of a mapped file: the mapping's own, and one to map it elsewhere
 
 
 def access(offset: int, region: int, count: int, data: bytes = b"") -> bytes:
@@ -409,7 +410,7 @@ def test_mapped_memory_is_the_client_s(
     fd = memfd()
     before = open_fds()
     assert peer.ok(Command.DMA_MAP, dma_map(0x10000, 4 * PAGE, offset=PAGE), [fd]) == b""
-    assert open_fds() == before + 1  # the mapping's own
+    assert open_fds() == before + FILE
     address = (0x10008).to_bytes(8, "little")
     peer.ok(Command.REGION_WRITE, access(register_bank.DMA_ADDRESS, BAR, 8, address))
     peer.ok(Command.REGION_WRITE, access(register_bank.DMA_START, BAR, 4, b"beef"))
@@ -481,7 +482,7 @@ def test_the_second_fd_is_closed(peer: Peer, memfd: Callable[..., int]) -> None:
     fd = memfd()
     before = open_fds()
     peer.ok(Command.DMA_MAP, dma_map(0, PAGE), [fd, fd])
-    assert open_fds() == before + 1
+    assert open_fds() == before + FILE
 
 
 @pytest.mark.parametrize(
@@ -581,7 +582,7 @@ def test_a_page_at_a_time_is_one_mapping(
     before = open_fds()
     for page in range(64):
         peer.ok(Command.DMA_MAP, dma_map(page * PAGE, PAGE, offset=page % 4 * PAGE), [fd])
-    assert open_fds() == before + 1
+    assert open_fds() == before + FILE
     assert len(bank.memory.regions()) == 64
 
 

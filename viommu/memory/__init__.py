@@ -3,7 +3,8 @@
 This package knows nothing of virtio, nor of how the regions came to be known.
 """
 
-from viommu.memory.files import FileKey, MappedFile, MappedFiles
+from viommu.memory.backing import FileKey
+from viommu.memory.files import MappedFile, MappedFiles
 from viommu.memory.guest import GuestMemory, MemoryRegion
 
 __all__ = ["FileKey", "GuestMemory", "MappedFile", "MappedFiles", "MemoryRegion"]

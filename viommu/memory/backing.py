@@ -12,17 +12,23 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from viommu.errors import PeerError, UsageError
-from viommu.memory.files import FileKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Backing", "FileBacking", "FileBackings", "PrivateBacking"]
+__all__ = ["Backing", "FileBacking", "FileBackings", "FileKey", "PrivateBacking"]
 
 _MAX_BACKINGS: Final = 256
+
+
+class FileKey(NamedTuple):
+    """What tells files apart: ``st_dev`` and ``st_ino``, stable while the file is mapped."""
+
+    device: int
+    inode: int
 
 
 class _Counted:

@@ -12,33 +12,36 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import Final, NamedTuple
+from typing import Final, Self
 
 from viommu.errors import PeerError, UsageError
+from viommu.memory.backing import FileBacking, FileKey
 
-__all__ = ["FileKey", "MappedFile", "MappedFiles"]
+__all__ = ["MappedFile", "MappedFiles"]
 
 _MAX_FILES: Final = 256
-
-
-class FileKey(NamedTuple):
-    """What tells files apart: ``st_dev`` and ``st_ino``, stable while the file is mapped."""
-
-    device: int
-    inode: int
 
 
 class MappedFile:
     """A file mapped as a whole; every :meth:`MappedFiles.get` needs one :meth:`close`."""
 
-    __slots__ = ("_files", "_uses", "key", "view", "writable")
+    __slots__ = ("_files", "_uses", "backing", "key", "view", "writable")
 
     def __init__(
-        self, files: MappedFiles, key: FileKey, view: memoryview, *, writable: bool
+        self,
+        files: MappedFiles,
+        key: FileKey,
+        view: memoryview,
+        backing: FileBacking,
+        *,
+        writable: bool,
     ) -> None:
         self._files = files
         self._uses = 0
         self.key = key
+        #: The file itself, for those who map it elsewhere: they retain it. Replaced
+        #: when a descriptor comes that allows writing.
+        self.backing = backing
         #: The whole file as bytes. Replaced, never resized, when the file has
         #: grown; slices of the old one stay valid and see the same memory.
         self.view = view
@@ -48,6 +51,17 @@ class MappedFile:
     def size(self) -> int:
         """Return how many bytes are mapped."""
         return len(self.view)
+
+    def retain(self) -> Self:
+        """Take one more use.
+
+        Raises:
+            UsageError: The last use was given back.
+        """
+        if not self._uses:
+            raise UsageError(f"file {self.key} is closed")
+        self._uses += 1
+        return self
 
     def close(self) -> None:
         """Give back one use; the file is unmapped when nobody uses it or a slice of its view.
@@ -112,10 +126,14 @@ class MappedFiles:
             if len(self._files) >= self._limit:
                 raise PeerError(errno.ENOSPC, f"more than {self._limit} memory files")
             view = _map(fd, status.st_size, writable=writable)
-            file = self._files[key] = MappedFile(self, key, view, writable=writable)
+            backing = FileBacking(fd)
+            file = self._files[key] = MappedFile(self, key, view, backing, writable=writable)
         elif offset + size > file.size or (writable and not file.writable):
             file.view = _map(fd, status.st_size, writable=writable or file.writable)
             file.writable = file.writable or writable
+            if writable and not file.backing.writable:
+                before, file.backing = file.backing, FileBacking(fd)
+                before.close()
         file._uses += 1  # noqa: SLF001 - one unit: the cache and its entries
         return file
 
@@ -123,6 +141,7 @@ class MappedFiles:
         del self._files[file.key]
         # No munmap by hand: the mapping goes with the last slice that looks at it.
         file.view = memoryview(b"")
+        file.backing.close()
 
 
 def _seal(fd: int) -> None:

@@ -76,7 +76,11 @@ class GuestRam:
         try:
             os.ftruncate(self._fd, size)
             file = MappedFiles().get(self._fd, 0, size, writable=True)
-            self.memory.map(base, size, readable=True, writable=True, file=file)
+            try:
+                self.memory.map(base, size, readable=True, writable=True, file=file)
+            except BaseException:
+                file.close()
+                raise
         except BaseException:
             self.close()
             raise
