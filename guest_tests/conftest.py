@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,10 @@ import pytest
 from guest_tests.lab.bundles import cached_versions, fetch
 from guest_tests.lab.kbuild import BUILT_KERNEL, build_kernel
 from guest_tests.lab.kernels import Kernel, debian_kernel
+from guest_tests.lab.l1_remote import RemoteTests
 from guest_tests.lab.manifest import GUEST, KERNELS
 from guest_tests.lab.qemu import choose_qemu
+from guest_tests.lab.reports import refuse_skip
 from guest_tests.lab.userland import Userland
 from guest_tests.rig import MODES, Lab, Rig
 
@@ -25,6 +26,11 @@ KERNEL_PARAMETERS = [
     *KERNELS,
     pytest.param(BUILT_KERNEL, marks=pytest.mark.slow),  # takes minutes to build
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Send the tests of ``l1`` into their machines."""
+    config.pluginmanager.register(RemoteTests())
 
 
 def pytest_report_header() -> list[str]:
@@ -45,9 +51,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show console and server log below a failure; on CI a skipped test is a failure, too."""
     report = yield
-    if report.skipped and os.environ.get("CI"):
-        report.outcome = "failed"
-        report.longrepr = f"skipped, which CI doesn't allow: {report.longrepr}"
+    refuse_skip(report)
     rig = item.funcargs.get("guest") if isinstance(item, pytest.Function) else None
     if report.failed and isinstance(rig, Rig):
         report.sections.append(("guest console", rig.vm.console()[-_CONSOLE_TAIL:]))

@@ -25,6 +25,7 @@ IOMMU, EDU, DISK, OTHER_EDU = "00:05.0", "00:06.0", "00:07.0", "00:08.0"
 
 _DISK_SIZE = 64 << 20
 _SETTLE_SECONDS = 20.0
+_POLL_SECONDS = 0.02
 
 
 class Mode(NamedTuple):
@@ -85,12 +86,18 @@ class Rig:
         self._closing.callback(self.server.stop)
         try:
             self.boot()
-        except BaseException:
+        except BaseException as error:
+            error.add_note(f"--- viommu serve ---\n{self.server.log()}")
             self._closing.close()
             raise
 
     def boot(self) -> None:
         """Start QEMU on the server and wait for the guest."""
+        self.start()
+        self.vm.wait_for_boot()
+
+    def start(self) -> None:
+        """Start QEMU on the server."""
         image = Image(self.kernel, build(self.kernel, self.lab.userland), self.mode.command_line)
         self.vm = VirtualMachine(
             self.lab.qemu,
@@ -119,7 +126,7 @@ class Rig:
             if condition(snapshot):
                 return snapshot
             assert time.monotonic() < deadline, f"waited in vain until {what}: {snapshot}"
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
 
     def __enter__(self) -> Self:
         """Return itself."""

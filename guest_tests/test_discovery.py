@@ -46,7 +46,12 @@ def test_reserved_regions_are_those_of_probe(guest: Rig, bdf: str) -> None:
 def test_the_disk_is_in_a_domain_of_the_kind_asked_for(guest: Rig) -> None:
     endpoint = guest.endpoint(DISK)
     domain = next(d for d in guest.server.snapshot()["domains"] if d["id"] == endpoint["domain"])
+    number = str(endpoint_id(DISK))
 
     assert endpoint["id"] == endpoint_id(DISK)
-    assert domain["kind"] == ("bypass" if guest.mode.group_type == "identity" else "translating")
-    assert domain["endpoints"] == [str(endpoint_id(DISK))]
+    if guest.mode.group_type == "identity":
+        assert domain["kind"] == "bypass"
+        assert number in domain["endpoints"]  # newer kernels have one such domain for all
+    else:
+        assert domain["kind"] == "translating"
+        assert domain["endpoints"] == [number]

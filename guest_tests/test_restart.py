@@ -9,6 +9,7 @@ import pytest
 from guest_tests.rig import DISK, EDU, MODES, Rig
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FILES = {"a": 1, "b/c": 3 << 20}
 HOLD_MS = 3000  # longer than it takes to notice and to kill
 BUSY_REQUESTS = 200
+# From a QEMU that has just connected to a guest that looks at its disk.
+KILLED_AFTER_REQUESTS = (0, 1, 5)
 
 
 @pytest.fixture
@@ -39,6 +42,17 @@ def kill(rig: Rig) -> None:
             )
         ),
     )
+
+
+def assert_no_more_descriptors(rig: Rig, before: Counter[str]) -> None:
+    """Check that the server keeps nothing of clients that are gone.
+
+    An endpoint's open export session has an eventfd, which the next client takes over.
+    """
+    now = rig.server.descriptors()
+    assert now.pop("anon_inode:[eventfd]", 0) <= len(rig.server.snapshot()["endpoints"])
+    before.pop("anon_inode:[eventfd]", None)
+    assert now == before
 
 
 def test_a_guest_reboots(rig: Rig) -> None:
@@ -64,7 +78,7 @@ def test_qemu_is_killed_and_another_comes(rig: Rig) -> None:
         lambda snapshot: snapshot["iommu"]["counters"]["requests"] > quiet + BUSY_REQUESTS,
     )
     kill(rig)
-    descriptors = rig.server.descriptors()
+    before = rig.server.descriptors()
 
     rig.boot()
     found = rig.call("disk.sums", bdf=DISK)  # mounting replays the journal
@@ -73,7 +87,23 @@ def test_qemu_is_killed_and_another_comes(rig: Rig) -> None:
     rig.call("disk.check", bdf=DISK)
     rig.call("dma.both_ways", bdf=EDU)
     kill(rig)
-    assert rig.server.descriptors() == descriptors
+    assert_no_more_descriptors(rig, before)
+
+
+def test_qemu_is_killed_early_and_late(rig: Rig) -> None:
+    kill(rig)
+    before = rig.server.descriptors()
+    for requests in KILLED_AFTER_REQUESTS:
+        enough = rig.server.snapshot()["iommu"]["counters"]["requests"] + requests
+        rig.start()
+        rig.wait_until("it connects", lambda snapshot: snapshot["iommu"]["connected"])
+        while rig.server.snapshot()["iommu"]["counters"]["requests"] < enough:
+            assert rig.vm.process.poll() is None, rig.vm.console()
+        kill(rig)
+    assert_no_more_descriptors(rig, before)
+
+    rig.boot()
+    rig.call("disk.check", bdf=DISK)
 
 
 def test_qemu_is_killed_while_an_unmap_waits(rig: Rig) -> None:

@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
                 choose_qemu(), image, server.qemu_arguments(), home, smp=options.smp
             ) as machine,
         ):
-            print(f"booted: {machine.boot}")
+            print(f"booted: {machine.wait_for_boot()}")
             for text in options.call:
                 function, *pairs = shlex.split(text)
                 result = machine.call(function, **dict(map(_argument, pairs)))

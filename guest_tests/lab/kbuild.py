@@ -1,4 +1,7 @@
-"""Build Debian's Linux 6.1, whose own package lacks the virtio-iommu driver."""
+"""Build kernels from Debian's sources, with just what the guest tests need.
+
+Debian's own Linux 6.1 lacks the virtio-iommu driver, its 7.2 lacks iommufd.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,40 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from guest_tests.lab import bundles
 from guest_tests.lab.cache import cache_directory, content_key, locked, staged
 from guest_tests.lab.errors import LabError
 from guest_tests.lab.kernels import Kernel
-from guest_tests.lab.manifest import SOURCE_6_1
+from guest_tests.lab.manifest import SOURCE_6_1, SOURCE_7_2
 
-__all__ = ["BUILT_KERNEL", "build_kernel"]
+if TYPE_CHECKING:
+    from guest_tests.lab.manifest import Bundle
+
+__all__ = ["BUILT_KERNEL", "L1_KERNEL", "RECIPES", "Recipe", "build_kernel"]
 
 BUILT_KERNEL = "6.1"
+L1_KERNEL = "7.2-l1"
 
-_FRAGMENT = Path(__file__).with_name("fragment-6.1.config")
+
+class Recipe(NamedTuple):
+    """A kernel to build: ``fragment`` is what it is configured with on top of tinyconfig."""
+
+    name: str
+    source: Bundle
+    fragment: Path
+
+
+_HERE = Path(__file__).parent
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(BUILT_KERNEL, SOURCE_6_1, _HERE / "fragment-6.1.config"),
+        Recipe(L1_KERNEL, SOURCE_7_2, _HERE / "fragment-l1.config"),
+    )
+}
+
 _IMAGE = "arch/x86/boot/bzImage"
 _RELEASE = "include/config/kernel.release"
 _SECONDS = 3600
@@ -27,35 +52,36 @@ _TOOLS = {"gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": 
 _HEADERS = {"libelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
 
 
-def build_kernel() -> Kernel:
-    """Return the kernel, built when the cache has none of this source and configuration.
+def build_kernel(name: str = BUILT_KERNEL) -> Kernel:
+    """Return the kernel ``name`` of ``RECIPES``, built when the cache has none of this content.
 
     It takes some minutes and about 2 GB in the cache's file system while it runs.
 
     Raises:
         LabError: A tool is missing, or the build failed.
     """
-    source = bundles.fetch([SOURCE_6_1])[SOURCE_6_1.name]
-    key = content_key(bundles.bundle_key(source), _FRAGMENT.read_text())
+    recipe = RECIPES[name]
+    source = bundles.fetch([recipe.source])[recipe.source.name]
+    key = content_key(bundles.bundle_key(source), recipe.fragment.read_text())
     home = cache_directory() / "kernels"
     home.mkdir(exist_ok=True)
     target = home / key
     with locked(home, "build"):
         if not target.exists():
-            _require_tools()
+            _require_tools(recipe)
             with staged(target) as stage:
-                _build(next(source.glob("usr/src/*.tar.xz")), stage)
+                _build(recipe, next(source.glob("usr/src/*.tar.xz")), stage)
     release = (target / "release").read_text().strip()
-    return Kernel(BUILT_KERNEL, release, target / "bzImage", None, key)
+    return Kernel(name, release, target / "bzImage", None, key)
 
 
-def _require_tools() -> None:
+def _require_tools(recipe: Recipe) -> None:
     missing = [package for tool, package in _TOOLS.items() if shutil.which(tool) is None]
     if "gcc" not in missing:
         missing += [package for header, package in _HEADERS.items() if not _compiles(header)]
     if missing:
         raise LabError(
-            f"building Linux {BUILT_KERNEL} needs what is missing here: "
+            f"building Linux {recipe.name} needs what is missing here: "
             f"install it with apt-get install {' '.join(missing)}"
         )
 
@@ -69,27 +95,29 @@ def _compiles(header: str) -> bool:
     )
 
 
-def _build(source: Path, stage: Path) -> None:
+def _build(recipe: Recipe, source: Path, stage: Path) -> None:
+    fragment = recipe.fragment.read_text()
     with tempfile.TemporaryDirectory(prefix=".kbuild.", dir=stage.parent) as scratch:
         tree = Path(scratch)
         log = stage / "build.log"
         _run(["tar", "-xf", str(source), "--strip-components=1"], tree, log)
         _run(["make", "tinyconfig"], tree, log)
         with (tree / ".config").open("a") as configuration:
-            configuration.write(_FRAGMENT.read_text())  # the last word on an option counts
+            configuration.write(fragment)  # the last word on an option counts
         _run(["make", "olddefconfig"], tree, log)
-        _check_options((tree / ".config").read_text().splitlines())
+        _check_options(recipe, (tree / ".config").read_text().splitlines())
         _run(["make", f"-j{os.cpu_count()}", "bzImage"], tree, log)
         shutil.copyfile(tree / _IMAGE, stage / "bzImage")
         shutil.copyfile(tree / _RELEASE, stage / "release")
         shutil.copyfile(tree / ".config", stage / "config")
 
 
-def _check_options(configuration: list[str]) -> None:
-    wanted = (line for line in _FRAGMENT.read_text().splitlines() if line.startswith("CONFIG_"))
+def _check_options(recipe: Recipe, configuration: list[str]) -> None:
+    fragment = recipe.fragment.read_text().splitlines()
+    wanted = (line for line in fragment if line.startswith("CONFIG_"))
     dropped = set(wanted) - set(configuration)
     if dropped:
-        raise LabError(f"Linux {BUILT_KERNEL} does not take {', '.join(sorted(dropped))}")
+        raise LabError(f"Linux {recipe.name} does not take {', '.join(sorted(dropped))}")
 
 
 def _run(command: list[str], tree: Path, log: Path) -> None:

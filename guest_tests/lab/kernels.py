@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from guest_tests.lab import bundles
 from guest_tests.lab.errors import LabError
-from guest_tests.lab.manifest import KERNELS
+from guest_tests.lab.manifest import KERNEL_L1, KERNELS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Kernel", "debian_kernel"]
+    from guest_tests.lab.manifest import Bundle
+
+__all__ = ["Kernel", "debian_kernel", "debian_l1_kernel"]
 
 
 class Kernel(NamedTuple):
@@ -31,7 +33,15 @@ def debian_kernel(name: str) -> Kernel:
     """Return Debian's kernel ``name`` (a key of ``KERNELS``), fetched when the cache lacks it."""
     if name not in KERNELS:
         raise LabError(f"there is no kernel {name}: choose one of {', '.join(KERNELS)}")
-    bundle = KERNELS[name]
+    return _unpacked(name, KERNELS[name])
+
+
+def debian_l1_kernel() -> Kernel:
+    """Return Debian's kernel for a machine that is a host itself: it has 9p, and VFIO."""
+    return _unpacked("6.12-l1", KERNEL_L1)
+
+
+def _unpacked(name: str, bundle: Bundle) -> Kernel:
     tree = bundles.fetch([bundle])[bundle.name]
     modules = next(tree.glob("usr/lib/modules/*"))
     images = [*tree.glob("boot/vmlinuz-*"), modules / "vmlinuz"]

@@ -51,14 +51,11 @@ class Image(NamedTuple):
 
 
 class VirtualMachine:
-    """A running guest; a context manager that ends it.
+    """A guest that boots; a context manager that ends it. First call :meth:`wait_for_boot`.
 
     ``arguments`` are QEMU's for the devices under test (the lines of ``qemu.args``), ``smp`` the
     number of virtual CPUs; ``reboots`` lets the guest restart, which otherwise ends it. Files of
     the run (console, socket) are put into ``directory``.
-
-    Raises:
-        LostVMError: QEMU ended, or the guest's agent didn't answer in time.
     """
 
     def __init__(
@@ -99,11 +96,6 @@ class VirtualMachine:
                 stdout=output,
                 stderr=output,
             )
-        try:
-            self.boot = self.wait_for_boot()
-        except BaseException:
-            self.kill()
-            raise
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -148,7 +140,11 @@ class VirtualMachine:
             raise self._lost(what, error) from error
 
     def wait_for_boot(self, timeout: float = BOOT_SECONDS) -> dict[str, Any]:
-        """Wait until the guest's agent is up, also after a reboot; return what it says."""
+        """Wait until the guest's agent is up, also after a reboot; return what it says.
+
+        Raises:
+            LostVMError: QEMU ended, or the agent wasn't up in time.
+        """
         try:
             return self._channel.boot(time.monotonic() + timeout)
         except (ChannelClosedError, ChannelTimeoutError) as error:

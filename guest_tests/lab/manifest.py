@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BUNDLES", "GUEST", "KERNELS", "QEMU", "SOURCE_6_1", "Bundle"]
+__all__ = ["BUNDLES", "GUEST", "KERNELS", "KERNEL_L1", "QEMU", "SOURCE_6_1", "SOURCE_7_2", "Bundle"]
 
 _TRIXIE = ("trixie", "trixie-backports")
 
@@ -95,4 +95,38 @@ SOURCE_6_1 = Bundle(
     keep=("usr/src/linux-source-6.1.tar.xz",),
 )
 
-BUNDLES = {bundle.name: bundle for bundle in (QEMU, GUEST, *KERNELS.values(), SOURCE_6_1)}
+SOURCE_7_2 = Bundle(
+    name="source-7.2",
+    suites=_TRIXIE,
+    release="trixie-backports",
+    packages=("linux-source-7.2",),
+    fetch=r"linux-source-7\.2",
+    keep=("usr/src/linux-source-7.2.tar.xz",),
+)
+
+# The kernel of a machine that is a host itself. Debian's kernels for clouds lack the file system
+# of its root (9p); most of what this one has instead is of no use.
+KERNEL_L1 = Bundle(
+    name="kernel-6.12-l1",
+    suites=_TRIXIE,
+    release="trixie",
+    packages=("linux-image-amd64",),
+    prefer=r"linux-image-6\.12\.\d+\+deb13-amd64",
+    fetch=_KERNEL_PARTS,
+    keep=(
+        "boot/vmlinuz-*",
+        "usr/lib/modules/*/modules.builtin",
+        "usr/lib/modules/*/kernel/drivers/vfio",
+        "usr/lib/modules/*/kernel/drivers/virtio",
+        "usr/lib/modules/*/kernel/fs/9p",
+        "usr/lib/modules/*/kernel/fs/netfs",
+        "usr/lib/modules/*/kernel/fs/overlayfs",
+        "usr/lib/modules/*/kernel/net/9p",
+        "usr/lib/modules/*/kernel/virt",
+    ),
+)
+
+BUNDLES = {
+    bundle.name: bundle
+    for bundle in (QEMU, GUEST, *KERNELS.values(), SOURCE_6_1, SOURCE_7_2, KERNEL_L1)
+}

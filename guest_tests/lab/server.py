@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -54,12 +57,12 @@ class ViommuServer:
                 text=True,
             )
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip() == "ready":
-                return
-        status = self._process.wait()
-        self._process.stdout.close()
-        raise LabError(f"viommu serve ended with {status} before it was ready: {self.log()}")
+        if not any(line.strip() == "ready" for line in self._process.stdout):
+            status = self._process.wait()
+            self._process.stdout.close()
+            raise LabError(f"viommu serve ended with {status} before it was ready: {self.log()}")
+        # One for all questions, so that asking doesn't change the server's descriptors.
+        self._control = ControlClient(directory / SOCKET_NAME)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -80,8 +83,7 @@ class ViommuServer:
 
     def snapshot(self) -> dict[str, Any]:
         """Return its state, as ``viommu inspect --json`` does."""
-        with ControlClient(self.directory / SOCKET_NAME) as client:
-            return client.snapshot()
+        return self._control.snapshot()
 
     def log(self) -> str:
         """Return what it has printed as errors."""
@@ -91,12 +93,17 @@ class ViommuServer:
         """Whether it still runs."""
         return self._process.poll() is None
 
-    def descriptors(self) -> int:
-        """Return how many file descriptors it has open."""
-        return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+    def descriptors(self) -> Counter[str]:
+        """Count what its open file descriptors refer to: names of files, or kinds."""
+        found: Counter[str] = Counter()
+        for entry in Path(f"/proc/{self._process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                found[re.sub(r":\[\d+\]$", "", entry.readlink().name)] += 1
+        return found
 
     def stop(self) -> int:
         """End it with SIGTERM; return its exit status, which is 0 when all went well."""
+        self._control.close()
         self._process.send_signal(signal.SIGTERM)
         try:
             return self._process.wait(_STOP_SECONDS)

@@ -1,0 +1,47 @@
+"""The devices of the machine, and where they are: what the lab builds and the tests expect.
+
+Source: QEMU's docs/specs/edu.rst, ivshmem-spec.rst, iommu-testdev.rst, docs/system/devices/nvme.rst.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "APERTURE_BITS",
+    "EDU",
+    "GROUPED_EDU",
+    "MACHINES",
+    "NVME",
+    "OTHER_EDU",
+    "OTHER_GROUPED_EDU",
+    "PLUGGED_EDU",
+    "SHARED_MEMORY",
+    "SHARED_MEMORY_SIZE",
+    "TEST_DEVICE",
+    "Machine",
+]
+
+
+class Machine(NamedTuple):
+    """A machine by its kernel: our backends that it can run; whether it has to be built first."""
+
+    backends: tuple[str, ...]
+    built: bool = False
+    mock: bool = False  # iommufd's own mock of an IOMMU
+
+
+MACHINES = {
+    "6.12-l1": Machine(backends=("type1",)),
+    "7.2-l1": Machine(backends=("type1", "iommufd"), built=True, mock=True),
+}
+
+APERTURE_BITS = 39  # of the emulated IOMMU's I/O virtual addresses
+
+EDU, OTHER_EDU = "0000:00:03.0", "0000:00:04.0"  # a DMA engine each, alone in its group
+SHARED_MEMORY = "0000:00:05.0"  # ivshmem: BAR 2 is memory
+SHARED_MEMORY_SIZE = 4 << 20
+TEST_DEVICE = "0000:00:06.0"  # iommu-testdev: writes a word, and says whether it faulted
+NVME = "0000:00:07.0"  # can be reset, has MSI-X
+GROUPED_EDU, OTHER_GROUPED_EDU = "0000:02:01.0", "0000:02:02.0"  # below one conventional bridge
+PLUGGED_EDU = "0000:03:00.0"  # can be unplugged
