@@ -101,11 +101,11 @@ def test_a_descriptor_that_allows_writing_replaces_one_that_does_not(
     read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     file = files.get(read_only, 0, PAGE, writable=False)
     os.close(read_only)
-    assert not file.backing.writable
+    before = file.backing.writable
 
     assert files.get(fd, 0, PAGE, writable=True) is file
 
-    assert file.backing.writable
+    assert (before, file.backing.writable) == (False, True)
     file.close()
     file.close()
 

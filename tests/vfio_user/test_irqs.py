@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vfio_user.conftest import open_fds
-from viommu.errors import PeerError
+from viommu.errors import BackendError, PeerError
 from viommu.spec import vfio
 from viommu.vfio_user.irqs import IrqLines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 NONE, BOOL, EVENTFD = (
     vfio.IRQ_SET_DATA_NONE,
@@ -252,3 +252,85 @@ def test_closed_lines_are_silent(lines: IrqLines, eventfd: Callable[..., int]) -
     lines.close()
     assert not lines.trigger(MSIX, 0)
     assert raised(fd) == 0
+
+
+# --- an observer, for a device whose interrupts others raise
+
+
+Change = tuple[int, int, tuple[bool, ...]]
+
+
+@pytest.fixture
+def changes(lines: IrqLines) -> Iterator[list[Change]]:
+    """What an observer is told: kind, first vector, and whether each from there on is signalled."""
+    changes: list[Change] = []
+
+    def observe(index: int, start: int, fds: Sequence[int]) -> None:
+        changes.append((index, start, tuple(_is_open(fd) for fd in fds)))
+
+    lines.on_change(observe)
+    yield changes
+    lines.on_change(None)
+
+
+def _is_open(fd: int) -> bool:
+    if fd >= 0:
+        os.fstat(fd)
+    return fd >= 0
+
+
+def test_an_observer_is_told_of_eventfds_and_of_their_end(
+    lines: IrqLines, changes: list[Change], eventfd: Callable[..., int]
+) -> None:
+    fd = eventfd()
+
+    assign(lines, 3, fd, fd)
+    lines.set_irqs(irq_set(EVENTFD | TRIGGER, MSIX, 0, 2), [])
+    lines.set_irqs(irq_set(NONE | TRIGGER, MSIX, 0, 0), [])
+
+    assert changes == [(MSIX, 3, (True, True)), (MSIX, 0, (False, False)), (MSIX, 0, ())]
+
+
+def test_an_observer_that_refuses_changes_nothing(
+    lines: IrqLines, eventfd: Callable[..., int]
+) -> None:
+    def refuse(index: int, start: int, fds: Sequence[int]) -> None:
+        if fds:
+            raise BackendError(errno.ENOSPC, f"{len(fds)} interrupts from {start} of kind {index}")
+
+    first, second = eventfd(), eventfd()
+    assign(lines, 0, first)
+    lines.on_change(refuse)
+    before = open_fds()
+    mine = [os.dup(second)]
+
+    with pytest.raises(BackendError):
+        lines.set_irqs(irq_set(EVENTFD | TRIGGER, MSIX, 0, 1), mine)
+
+    assert len(mine) == 1, "the caller closes what isn't kept"
+    os.close(mine[0])
+    assert open_fds() == before
+    lines.trigger(MSIX, 0)
+    assert (raised(first), raised(second)) == (1, 0)
+
+
+def test_nobody_is_told_of_masks_or_of_what_is_raised_by_hand(
+    lines: IrqLines, changes: list[Change], eventfd: Callable[..., int]
+) -> None:
+    assign(lines, 0, eventfd())
+    changes.clear()
+
+    lines.set_irqs(irq_set(NONE | MASK, MSIX, 0, 1), [])
+    lines.set_irqs(irq_set(NONE | TRIGGER, MSIX, 0, 1), [])
+    lines.set_irqs(irq_set(NONE | UNMASK, MSIX, 0, 1), [])
+
+    assert changes == []
+
+
+def test_eventfds_by_vector(lines: IrqLines, eventfd: Callable[..., int]) -> None:
+    fd = eventfd()
+    assign(lines, 1, fd)
+    assign(lines, 3, fd)
+
+    assert [known >= 0 for known in lines.fds(MSIX)] == [False, True, False, True]
+    assert lines.fds(REQ) == []

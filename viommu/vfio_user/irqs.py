@@ -13,7 +13,9 @@ from viommu.errors import PeerError
 from viommu.spec import vfio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    Observer = Callable[[int, int, Sequence[int]], None]
 
 __all__ = ["IrqLines", "IrqSet"]
 
@@ -83,6 +85,17 @@ class IrqLines:
         self._lines: dict[tuple[int, int], tuple[int, select.poll]] = {}
         self._masked: set[tuple[int, int]] = set()
         self._pending: set[tuple[int, int]] = set()
+        self._observer: Observer | None = None
+
+    def on_change(self, observer: Observer | None) -> None:
+        """Have ``observer`` told of eventfds before they are kept; ``None`` tells nobody.
+
+        It is for a device whose interrupts others raise. It gets the kind, the first
+        vector and the new eventfds from there on, -1 for none, which are valid during
+        the call; or no eventfds at all, when all of this kind are dropped. What it
+        raises refuses the change, unless eventfds are dropped: then it must not raise.
+        """
+        self._observer = observer
 
     def trigger(self, index: int, vector: int) -> bool:
         """Raise an interrupt; return whether an eventfd was signalled.
@@ -110,6 +123,14 @@ class IrqLines:
         """Return which vectors of a kind have an eventfd."""
         return sorted(vector for kind, vector in self._lines if kind == index)
 
+    def fds(self, index: int) -> list[int]:
+        """Return the eventfds of a kind by vector, up to the last one; -1 for none."""
+        vectors = self.vectors(index)
+        found = [-1] * (vectors[-1] + 1) if vectors else []
+        for vector in vectors:
+            found[vector] = self._lines[index, vector][0]
+        return found
+
     def set_irqs(self, payload: bytes, fds: list[int]) -> None:
         """Do what a SET_IRQS message says; file descriptors that are kept leave ``fds``.
 
@@ -120,6 +141,7 @@ class IrqLines:
 
         Raises:
             PeerError: EINVAL; nothing has changed.
+            ViommuError: The observer refused; nothing has changed.
         """
         request = IrqSet.decode(payload, len(fds), self._counts)
         for fd in fds:
@@ -145,6 +167,8 @@ class IrqLines:
 
     def disable(self, index: int) -> None:
         """Drop and close every eventfd of a kind; masks are forgotten."""
+        if self._observer is not None:
+            self._observer(index, 0, ())
         for key in [key for key in self._lines if key[0] == index]:
             self._drop(key)
         self._masked = {key for key in self._masked if key[0] != index}
@@ -155,6 +179,8 @@ class IrqLines:
             self.disable(index)
 
     def _assign(self, request: IrqSet, fds: list[int]) -> None:
+        if self._observer is not None:
+            self._observer(request.index, request.start, fds or [-1] * request.count)
         for vector in range(request.start, request.start + request.count):
             key = (request.index, vector)
             old = self._lines.get(key)
