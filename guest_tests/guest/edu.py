@@ -6,10 +6,7 @@ Source: QEMU's docs/specs/edu.rst, and viommu/endpoints/edu_registers.py from 0x
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from guest_tests.guest.vfio import Device
+from typing import Protocol
 
 __all__: list[str] = []
 
@@ -36,10 +33,22 @@ _RESULTS = {0: "ok", 1: "translation fault", 2: "bad range", 3: "aborted", 4: "n
 UNKNOWN = "not told"  # QEMU's own edu has no such register
 
 
+class Registers(Protocol):
+    """What is needed of a PCI function: its BAR 0, by words of either width."""
+
+    @property
+    def registers32(self) -> memoryview: ...
+
+    @property
+    def registers64(self) -> memoryview: ...
+
+    def enable(self) -> None: ...
+
+
 class Edu:
     """An ``edu`` function that decodes its BAR and may do DMA."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Registers) -> None:
         self._words = device.registers32
         self._quads = device.registers64
         device.enable()

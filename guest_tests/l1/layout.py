@@ -1,6 +1,6 @@
 """The devices of the machine, and where they are: what the lab builds and the tests expect.
 
-Source: QEMU's docs/specs/edu.rst, ivshmem-spec.rst, iommu-testdev.rst, docs/system/devices/nvme.rst.
+Source: QEMU's docs/specs/edu.rst, ivshmem-spec.rst and iommu-testdev.rst.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ MACHINES = {
 
 APERTURE_BITS = 39  # of the emulated IOMMU's I/O virtual addresses
 
-EDU, OTHER_EDU = "0000:00:03.0", "0000:00:04.0"  # a DMA engine each, alone in its group
-SHARED_MEMORY = "0000:00:05.0"  # ivshmem: BAR 2 is memory
+EDU, OTHER_EDU = "00:03.0", "00:04.0"  # a DMA engine each, alone in its group
+SHARED_MEMORY = "00:05.0"  # ivshmem: BAR 2 is memory
 SHARED_MEMORY_SIZE = 4 << 20
-TEST_DEVICE = "0000:00:06.0"  # iommu-testdev: writes a word, and says whether it faulted
-NVME = "0000:00:07.0"  # can be reset, has MSI-X
-GROUPED_EDU, OTHER_GROUPED_EDU = "0000:02:01.0", "0000:02:02.0"  # below one conventional bridge
-PLUGGED_EDU = "0000:03:00.0"  # can be unplugged
+TEST_DEVICE = "00:06.0"  # iommu-testdev: writes a word, and says whether it faulted
+NVME = "00:07.0"  # can be reset, has MSI-X
+GROUPED_EDU, OTHER_GROUPED_EDU = "02:01.0", "02:02.0"  # below one conventional bridge
+PLUGGED_EDU = "03:00.0"  # can be unplugged
