@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self, runtime_checkable
 
 from viommu.errors import BackendError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from viommu.memory.backing import FileBacking
 
 __all__ = [
+    "EVERYWHERE",
     "AddressRange",
     "DmaNeeds",
     "DmaRegistration",
@@ -54,6 +55,10 @@ class AddressRange(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x})"
+
+
+#: The whole space of guest physical addresses.
+EVERYWHERE: Final = AddressRange(0, 1 << 64)
 
 
 class MemoryKind(enum.Enum):
@@ -143,8 +148,8 @@ class DmaTarget(Protocol):
 
         Args:
             where: Guest physical addresses, which are the IOVAs as well.
-            host_va: Where the memory is in this process. ``None`` unless some
-                target was registered as in need of it, and where it could not be had.
+            host_va: Where the memory is in this process. ``None`` unless this target
+                was registered as in need of it, and where it could not be had.
             mappable: The file that holds the memory; ``None`` if it is private.
                 A target that keeps the file retains it, or duplicates its descriptor.
             file_offset: Where in that file ``where`` starts, in bytes.
