@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.memory.house import House
 from viommu.memory import MappedFiles
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ def memfd() -> Iterator[Callable[..., int]]:
     yield make
     for fd in made:
         os.close(fd)
+
+
+@pytest.fixture
+def house(memfd: Callable[..., int]) -> Iterator[House]:
+    """A region manager whose targets are healed and emptied at the end."""
+    house = House(memfd())
+    yield house
+    house.close()
 
 
 @pytest.fixture
