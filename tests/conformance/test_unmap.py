@@ -94,6 +94,23 @@ def test_UN5_gaps_are_no_error(
     clause.observed()
 
 
+def test_UN5_the_reply_waits_for_memory_in_use(mapped: Rig, clause: Clause) -> None:
+    mapper = mapped.mappers[B]
+    with mapper.start_export_session() as fault:
+        mapper.export(0x4000, 0x10)
+        # What is not in use is gone at once.
+        clause.accepts(mapped.send(unmap(1, 0x1000, 0x1FFF)))
+        assert not fault.is_set()
+        parked = mapped.send_parked(unmap(1, 0x4000, 0x6FFF))
+        assert fault.is_set()
+        assert starts(mapped) == []
+        assert not any(event.is_set() for event in parked.events)
+        mapper.release(0x4000, 0x10)
+    assert all(event.is_set() for event in parked.events)
+    assert parked.reply == bytes(4)
+    clause.observed()
+
+
 # The examples of the standard, "map" and "unmap" with a granule of one byte.
 EXAMPLES = {
     1: ([], (0, 4), Status.OK, []),

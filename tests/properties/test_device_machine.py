@@ -300,12 +300,21 @@ class DeviceMachine(RuleBasedStateMachine):
             self.sessions[mapper.id()] = mapper.start_export_session()
         return True
 
+    @rule(endpoint=known, which=st.integers(0, MAX_MAPPINGS - 1))
+    def hold_what_is_mapped(self, endpoint: int, which: int) -> None:
+        mapped = self.model.seen_by(endpoint)
+        if mapped:
+            first, last = mapped[which % len(mapped)][:2]
+            self._hold(endpoint, first, last + 1 - first)
+
     @rule(endpoint=known, page=pages, count=page_counts)
     def hold(self, endpoint: int, page: int, count: int) -> None:
+        self._hold(endpoint, page * PAGE, count * PAGE)
+
+    def _hold(self, endpoint: int, iova: int, size: int) -> None:
         mapper = self.rig.mappers[endpoint]
         if not self.session(mapper):
             return
-        iova, size = page * PAGE, count * PAGE
         addresses = range(iova, iova + size, PAGE)
         expected = [self.model.translate(endpoint, address) for address in addresses]
         try:
@@ -383,4 +392,4 @@ class DeviceMachine(RuleBasedStateMachine):
 
 
 TestDeviceMachine = DeviceMachine.TestCase
-TestDeviceMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestDeviceMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
