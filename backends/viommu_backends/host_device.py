@@ -90,7 +90,8 @@ class HostDevice(NamedTuple):
             (entry,) = (self.path / "vfio-dev").iterdir()
         except (OSError, ValueError):
             return None
-        return Path("/dev/vfio/devices") / entry.name
+        # Every kernel has the entry; a number, and so a file, only with VFIO_DEVICE_CDEV.
+        return Path("/dev/vfio/devices") / entry.name if (entry / "dev").exists() else None
 
     def reserved_regions(self) -> list[ReservedRegion]:
         """Return what DMA addresses of this device must not be, for PROBE.

@@ -22,6 +22,7 @@ def sysfs(tmp_path: Path) -> Path:
     driver = tmp_path / "bus/pci/drivers/vfio-pci"
     for directory in (device / "vfio-dev/vfio3", group, driver):
         directory.mkdir(parents=True)
+    (device / "vfio-dev/vfio3/dev").write_text("511:3\n")
     (device / "iommu_group").symlink_to(group)
     (device / "driver").symlink_to(driver)
     (group / "reserved_regions").write_text(
@@ -88,6 +89,8 @@ def test_a_device_that_another_driver_has_says_what_to_do(
 
 
 def test_a_kernel_without_device_files(device: HostDevice) -> None:
+    (device.path / "vfio-dev/vfio3/dev").unlink()
+    assert device.cdev is None
     (device.path / "vfio-dev/vfio3").rmdir()
     assert device.cdev is None
     (device.path / "vfio-dev").rmdir()
