@@ -12,6 +12,7 @@ __all__ = [
     "EDU",
     "GROUPED_EDU",
     "MACHINES",
+    "MSI_WINDOW",
     "NVME",
     "OTHER_EDU",
     "OTHER_GROUPED_EDU",
@@ -37,6 +38,7 @@ MACHINES = {
 }
 
 APERTURE_BITS = 39  # of the emulated IOMMU's I/O virtual addresses
+MSI_WINDOW = (0xFEE00000, 0xFEF00000)  # where interrupts are written; never translated
 
 EDU, OTHER_EDU = "00:03.0", "00:04.0"  # a DMA engine each, alone in its group
 SHARED_MEMORY = "00:05.0"  # ivshmem: BAR 2 is memory
