@@ -21,6 +21,9 @@ TEST_READY := $(VENV)/.ready-test-$(INTERPRETER)-$(PROJECT)
 CHECK_READY := $(VENV)/.ready-check-$(INTERPRETER)-$(PROJECT)
 DOCS_READY := $(DOCS_VENV)/.ready-docs-$(INTERPRETER)-$(PROJECT)
 
+# Seconds after which a guest test shows where it is; booting a guest without KVM takes a while.
+GUEST_TIMEOUT := 600
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -46,17 +49,23 @@ test-unit: $(TEST_READY)
 .PHONY: test-guests
 test-guests: $(TEST_READY)
 	$(BIN)/python -m guest_tests.lab fetch
-	$(BIN)/python -m pytest guest_tests -m "not slow"
+	$(BIN)/python -m pytest guest_tests -m "not slow" -o faulthandler_timeout=$(GUEST_TIMEOUT)
 
 ## test-guests-slow   the lane that builds kernels of its own
 .PHONY: test-guests-slow
 test-guests-slow: $(TEST_READY)
-	$(BIN)/python -m pytest guest_tests -m slow
+	$(BIN)/python -m guest_tests.lab build-kernel
+	$(BIN)/python -m pytest guest_tests -m slow -o faulthandler_timeout=$(GUEST_TIMEOUT)
 
-## test-all-pythons   unit tests on every supported interpreter that is found
+## test-all-pythons   test-unit, then the same on every other supported interpreter that is found
 .PHONY: test-all-pythons
-test-all-pythons:
-	@for version in 3.11 3.12 3.13; do \
+test-all-pythons: test-unit test-other-pythons
+
+.PHONY: test-other-pythons
+test-other-pythons:
+	@this=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	for version in 3.11 3.12 3.13; do \
+	    [ "$$version" != "$$this" ] || continue; \
 	    python=$$(.ci/find-python $$version) || { echo "Python $$version: not found, left out"; continue; }; \
 	    $(MAKE) --no-print-directory PYTHON="$$python" VENV=".venv-$$version" test-unit || exit 1; \
 	done
