@@ -22,7 +22,7 @@ from viommu.memory.va_mapper import OutsideReservationError
 if TYPE_CHECKING:
     from tests.memory.house import House
 
-RAM, DEVICE = MemoryKind.RAM, MemoryKind.DEVICE
+DEVICE = MemoryKind.DEVICE
 
 
 # Failures to map

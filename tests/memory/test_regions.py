@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tests.memory.house import House
     from viommu.memory.placements import Incident
 
-RAM, DEVICE = MemoryKind.RAM, MemoryKind.DEVICE
+DEVICE = MemoryKind.DEVICE
 
 
 # Regions
