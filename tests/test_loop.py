@@ -76,6 +76,37 @@ def test_a_callback_may_forget_another_of_the_same_turn(loop: Loop) -> None:
     second.close()
 
 
+def test_what_a_poll_said_of_an_fd_does_not_hold_for_the_next_one_with_its_number(
+    loop: Loop,
+) -> None:
+    woken: list[str] = []
+    first, second, third = Event(), Event(), None
+
+    def replace(mine: Event, other: Event) -> None:
+        nonlocal third
+        mine.clear()
+        number = other.fileno()
+        loop.forget(other)
+        other.close()
+        third = Event()
+        assert third.fileno() == number
+        loop.on_readable(third, lambda: woken.append("third"))
+
+    loop.on_readable(first, lambda: replace(first, second))
+    loop.on_readable(second, lambda: replace(second, first))
+    first.signal()
+    second.signal()
+    loop.turn(0)
+    assert isinstance(third, Event)
+    assert woken == []
+
+    third.signal()
+    loop.turn(0)
+    assert woken == ["third"]
+    for event in (first, second, third):
+        event.close()
+
+
 def test_timers_fire_in_order_and_not_before_their_time() -> None:
     clock = Clock()
     loop = Loop(clock)

@@ -54,6 +54,7 @@ class Loop:
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._fresh: set[int] = set()  # watched since the last poll
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -102,11 +103,12 @@ class Loop:
         elif self._timers:
             left = max(0.0, self._timers[0][0] - self.clock())
             timeout = left if timeout is None else min(left, timeout)
-        for fd, mask in self._epoll.poll(timeout):
-            # An earlier callback of this turn may have stopped watching this fd.
-            if mask & ~select.EPOLLOUT and (reader := self._readers.get(fd)):
+        ready = self._epoll.poll(timeout)
+        self._fresh.clear()
+        for fd, mask in ready:
+            if mask & ~select.EPOLLOUT and (reader := self._meant(self._readers, fd)):
                 reader()
-            if mask & ~select.EPOLLIN and (writer := self._writers.get(fd)):
+            if mask & ~select.EPOLLIN and (writer := self._meant(self._writers, fd)):
                 writer()
         now = self.clock()
         while self._timers and self._timers[0][0] <= now:
@@ -139,12 +141,21 @@ class Loop:
             return
         if not before:
             self._epoll.register(fd, after)
+            self._fresh.add(fd)
         elif after:
             self._epoll.modify(fd, after)
         else:
             # The kernel has forgotten an fd that its owner closed first.
             with contextlib.suppress(FileNotFoundError, OSError):
                 self._epoll.unregister(fd)
+
+    def _meant(self, table: dict[int, Callable[[], None]], fd: int) -> Callable[[], None] | None:
+        """Return the callback that the last poll meant by ``fd``, unless it has been forgotten.
+
+        An earlier callback of the turn may have closed an fd, and another may have been
+        given its number: what the poll said does not hold for that one.
+        """
+        return None if fd in self._fresh else table.get(fd)
 
     def _mask(self, fd: int) -> int:
         reading = select.EPOLLIN if fd in self._readers else 0
