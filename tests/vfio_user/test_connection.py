@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from viommu.spec import vfio_user as spec
-from viommu.vfio_user.connection import Connection, peer_process, receive, send
+from viommu.vfio_user.connection import (
+    Connection,
+    close_fds,
+    peer_process,
+    receive,
+    send,
+)
 from viommu.vfio_user.protocol import MessageSizeError, command_message
 
 if TYPE_CHECKING:
@@ -25,6 +32,10 @@ def pair() -> Iterator[tuple[Connection, socket.socket]]:
 
 
 Pair = tuple[Connection, socket.socket]
+
+
+def open_fds() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_nothing_yet(pair: Pair) -> None:
@@ -77,6 +88,40 @@ def test_too_many_fds_are_closed_and_told(pair: Pair, memfd: Callable[..., int])
     assert len(message.fds) <= 16
     for each in message.fds:
         os.close(each)
+
+
+def test_a_message_in_pieces_brings_no_more_fds_than_one_in_one(
+    pair: Pair, memfd: Callable[..., int]
+) -> None:
+    """A client must not be able to take every file descriptor that this process may have."""
+    connection, theirs = pair
+    fd = memfd()
+    data = command_message(1, 9, bytes(20))
+    before = open_fds()
+    for at in range(len(data) - 1):
+        send(theirs, data[at : at + 1], [fd] * 7)
+        assert connection.receive() is None
+    assert open_fds() == before + 16
+    theirs.send(data[-1:])
+    message = connection.receive()
+    assert message is not None
+    assert message.truncated
+    assert len(message.fds) == 16
+    close_fds(message.fds)
+    assert open_fds() == before
+
+
+def test_a_file_that_fails_to_close_keeps_no_other_open(memfd: Callable[..., int]) -> None:
+    """The files are a client's: closing one may run code of a file system of its own."""
+    broken, sound = os.dup(memfd()), os.dup(memfd())
+    os.close(broken)
+    before = open_fds()
+    fds = [broken, sound]
+
+    close_fds(fds)
+
+    assert fds == []
+    assert open_fds() == before - 1
 
 
 def test_fds_of_half_a_message_are_closed(pair: Pair, memfd: Callable[..., int]) -> None:

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from viommu.errors import PeerError
-from viommu.vfio_user.connection import receive, send
+from viommu.vfio_user.connection import close_fds, receive, send
 from viommu.vfio_user.protocol import MessageReader, MessageSizeError
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket; closing twice is harmless."""
-        for fd in self._reader.take_fds():
-            os.close(fd)
+        close_fds(self._reader.take_fds())
         self._socket.close()
 
     def broken(self, number: int, why: str) -> PeerError:
@@ -88,7 +87,9 @@ class Channel:
             # A deadline that has passed still takes what is there: zero means not to wait.
             self._socket.settimeout(max(0.0, deadline - time.monotonic()))
             try:
-                data, fds, truncated = receive(self._socket, self._reader.wanted)
+                data, fds, truncated = receive(
+                    self._socket, self._reader.wanted, self._reader.wanted_fds
+                )
             except (TimeoutError, BlockingIOError) as error:
                 why = f"no answer within {self.timeout} s"
                 raise self.broken(errno.ETIMEDOUT, why) from error
@@ -99,8 +100,7 @@ class Channel:
             try:
                 message = self._reader.feed(data, fds, truncated=truncated)
             except MessageSizeError as error:
-                for fd in error.message.fds:
-                    os.close(fd)
+                close_fds(error.message.fds)
                 raise self.broken(errno.EPROTO, str(error)) from error
             if message is not None:
                 return message

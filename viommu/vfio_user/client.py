@@ -12,6 +12,7 @@ from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user.channel import Channel
+from viommu.vfio_user.connection import close_fds
 from viommu.vfio_user.protocol import (
     Capabilities,
     Message,
@@ -127,11 +128,11 @@ class Client:
             try:
                 needed, info = decode_region_info(reply.payload, index)
             except PeerError as error:
-                _close_all(reply.fds)
+                close_fds(reply.fds)
                 raise self._channel.broken(error.errno, str(error)) from error
             if needed <= argsz:
                 return info._replace(fd=reply.fds[0] if reply.fds else None)
-            _close_all(reply.fds)
+            close_fds(reply.fds)
             argsz = needed
         raise self._channel.broken(errno.EPROTO, f"{argsz} bytes of information on region {index}")
 
@@ -199,7 +200,7 @@ class Client:
         while not until():
             message = self._channel.receive(time.monotonic() + self._channel.timeout)
             if message.kind != spec.F_TYPE_COMMAND:
-                _close_all(message.fds)
+                close_fds(message.fds)
                 raise self._channel.broken(errno.EPROTO, f"a reply to message {message.id} unasked")
             self._serve_command(message)
 
@@ -249,7 +250,7 @@ class Client:
         elif not failed and expected is not None and len(message.payload) != expected:
             wrong = f"it has {len(message.payload)} bytes instead of {expected}"
         if wrong is not None:
-            _close_all(message.fds)
+            close_fds(message.fds)
             why = f"the reply to message {ident}, command {command}: {wrong}"
             raise self._channel.broken(errno.EPROTO, why)
         if failed:
@@ -274,7 +275,7 @@ class Client:
         except GuestMemoryError:
             reply = error_reply(message, errno.ENODEV)
         finally:
-            _close_all(message.fds)
+            close_fds(message.fds)
         if not message.no_reply:
             self._channel.send(reply)
 
@@ -294,9 +295,3 @@ class Client:
             raise PeerError(errno.EINVAL, f"{len(data)} bytes of data, {count} announced")
         self.memory.write(gpa, data)
         return head
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-    fds.clear()

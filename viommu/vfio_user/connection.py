@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
 
     from viommu.vfio_user.protocol import Message
 
-__all__ = ["Connection", "Received", "peer_process", "receive", "send"]
+__all__ = ["Connection", "Received", "close_fds", "peer_process", "receive", "send"]
 
-# Peers send at most 16 file descriptors with a message; the kernel closes what is too many.
 _MAX_FDS: Final = 16
-_ANCILLARY: Final = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+_FD_SIZE: Final = array.array("i").itemsize
 _CHUNK: Final = 1 << 16  # recvmsg allocates what it is asked for, not what has arrived
 _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 
@@ -34,13 +34,17 @@ class Received(NamedTuple):
     truncated: bool
 
 
-def receive(sock: socket.socket, size: int) -> Received:
+def receive(sock: socket.socket, size: int, max_fds: int = _MAX_FDS) -> Received:
     """Read at most ``size`` bytes, with the file descriptors that were sent with them.
+
+    More than ``max_fds`` are closed by the kernel; the rest is ``truncated``.
 
     Raises:
         OSError: As recvmsg; BlockingIOError when a non-blocking socket has nothing.
     """
-    data, ancillary, flags, _ = sock.recvmsg(min(size, _CHUNK), _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    # CMSG_SPACE pads, and the kernel would fill the padding with one more.
+    room = socket.CMSG_LEN(max_fds * _FD_SIZE)
+    data, ancillary, flags, _ = sock.recvmsg(min(size, _CHUNK), room, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -56,6 +60,14 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ())
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+def close_fds(fds: list[int]) -> None:
+    """Close and forget ``fds``, which a peer sent, whatever the files behind them say to it."""
+    for fd in fds:
+        with contextlib.suppress(OSError):  # it is closed all the same, see close(2)
+            os.close(fd)
+    fds.clear()
 
 
 def peer_process(sock: socket.socket) -> int:
@@ -103,7 +115,9 @@ class Connection:
         """
         while True:
             try:
-                data, fds, truncated = receive(self._sock, self._reader.wanted)
+                data, fds, truncated = receive(
+                    self._sock, self._reader.wanted, self._reader.wanted_fds
+                )
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -145,7 +159,6 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket, and the file descriptors of a message that wasn't completed."""
-        for fd in self._reader.take_fds():
-            os.close(fd)
+        close_fds(self._reader.take_fds())
         self._queue.clear()
         self._sock.close()

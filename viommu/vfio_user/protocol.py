@@ -35,6 +35,7 @@ __all__ = [
 _MAX_REPLY_JSON: Final = 194
 _MAX_REQUEST_JSON: Final = 4096
 _MAX_FDS_LIMIT: Final = 1024
+_MAX_MESSAGE_FDS: Final = 16  # QEMU never sends more, whatever it was told
 _PAGE: Final = 4096
 _MAX_ERRNO: Final = 4095
 
@@ -80,8 +81,10 @@ class MessageReader:
     """Puts messages together from the pieces that a stream socket delivers.
 
     Read at most :attr:`wanted` bytes at a time, together with their ancillary
-    data: then file descriptors always come with a byte of the message that they
-    belong to. Memory is bounded by ``max_size``, the largest message accepted.
+    data of at most :attr:`wanted_fds` file descriptors: then these always come with
+    a byte of the message that they belong to. Memory is bounded by ``max_size``, the
+    largest message accepted, and no message, sent byte by byte with file descriptors
+    on each, takes all that this process may open.
     """
 
     def __init__(self, max_size: int = spec.MAX_MESSAGE) -> None:
@@ -92,6 +95,11 @@ class MessageReader:
         self._header: Message | None = None
         #: How many bytes are missing from the header, or then from the body.
         self.wanted = spec.HEADER_SIZE
+
+    @property
+    def wanted_fds(self) -> int:
+        """Return how many more file descriptors the message may bring."""
+        return max(0, _MAX_MESSAGE_FDS - len(self._fds))
 
     @property
     def empty(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -16,6 +15,7 @@ from viommu.errors import InternalError, MemoryNotShared, PeerError, ViommuError
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
+from viommu.vfio_user.connection import close_fds
 from viommu.vfio_user.irqs import IrqLines
 from viommu.vfio_user.protocol import (
     Capabilities,
@@ -162,9 +162,7 @@ class Session:
         else:
             data, fds = reply_message(message, result.payload), result.fds
         finally:
-            for fd in message.fds:
-                os.close(fd)
-            message.fds.clear()
+            close_fds(message.fds)
         if message.no_reply:
             self._counters.posted += 1
             return Answer(b"", hang_up=True) if hang_up else None
@@ -173,9 +171,7 @@ class Session:
     def reject(self, error: MessageSizeError) -> Answer:
         """Answer a message whose header is impossible."""
         message = error.message
-        for fd in message.fds:
-            os.close(fd)
-        message.fds.clear()
+        close_fds(message.fds)
         self._counters.messages += 1
         data = error_reply(message, self._refused(message, error))
         return Answer(b"" if message.no_reply else data, hang_up=error.lost or not self.ready)
