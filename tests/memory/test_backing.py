@@ -4,14 +4,13 @@ import errno
 import fcntl
 import gc
 import os
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from viommu.errors import PeerError, UsageError
-from viommu.memory.backing import FileBacking, FileBackings, PrivateBacking
+from viommu.memory.backing import FileBacking, PrivateBacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,54 +109,6 @@ def test_the_size_of_a_device_is_its_drivers_business() -> None:
     with Path("/dev/zero").open("r+b", buffering=0) as device, FileBacking(device.fileno()) as zero:
         zero.check(1 << 40, PAGE, writable=True)
         assert not zero.sized
-
-
-def test_descriptors_of_one_file_are_one_backing(memfd: Callable[..., int]) -> None:
-    fd = memfd()
-    backings = FileBackings()
-    first = backings.get(fd)
-    duplicate = os.dup(fd)
-    second = backings.get(duplicate)
-    os.close(duplicate)
-    other = backings.get(memfd())
-
-    assert first is second
-    assert first is not other
-    assert len(backings) == 2
-    for backing in (first, second, other):
-        backing.close()
-    assert len(backings) == 0
-
-
-def test_read_only_and_writable_descriptors_of_a_file_are_told_apart(
-    memfd: Callable[..., int],
-) -> None:
-    fd = memfd()
-    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
-    backings = FileBackings()
-    with backings.get(fd) as one, backings.get(reading) as other:
-        os.close(reading)
-        assert (one.key, one.writable, other.writable) == (other.key, True, False)
-
-
-def test_descriptors_that_share_an_inode_by_accident_stay_apart() -> None:
-    backings = FileBackings()
-    with socket.socket() as one, socket.socket() as other:
-        first, second = backings.get(one.fileno()), backings.get(other.fileno())
-        assert first is not second
-        assert len(backings) == 0
-    first.close()
-    second.close()
-
-
-def test_the_number_of_files_is_limited(memfd: Callable[..., int]) -> None:
-    backings = FileBackings(limit=1)
-    with backings.get(memfd()):
-        with pytest.raises(PeerError, match="more than 1") as caught:
-            backings.get(memfd())
-        assert caught.value.errno == errno.ENOSPC
-    with backings.get(memfd()):
-        assert len(backings) == 1
 
 
 def test_private_memory_is_zeros_without_a_file() -> None:

@@ -12,16 +12,11 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from viommu.errors import PeerError, UsageError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["Backing", "FileBacking", "FileBackings", "FileKey", "PrivateBacking"]
-
-_MAX_BACKINGS: Final = 256
+__all__ = ["Backing", "FileBacking", "FileKey", "PrivateBacking"]
 
 
 class FileKey(NamedTuple):
@@ -86,9 +81,8 @@ class FileBacking(_Counted):
         PeerError: ``fd`` is not a file that can be mapped.
     """
 
-    def __init__(self, fd: int, forget: Callable[[FileBacking], None] | None = None) -> None:
+    def __init__(self, fd: int) -> None:
         super().__init__()
-        self._forget = forget
         try:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             status = os.fstat(fd)
@@ -127,53 +121,9 @@ class FileBacking(_Counted):
     def _free(self) -> None:
         os.close(self._fd)
         self._fd = -1
-        if self._forget:
-            self._forget(self)
 
     def __str__(self) -> str:
         return f"file {self.key.device:x}:{self.key.inode}"
-
-
-class FileBackings:
-    """One :class:`FileBacking` per file, however many descriptors for it arrive.
-
-    A VMM sends a fresh descriptor with every region; keeping each would use up
-    what a process may open. At most ``limit`` files are kept. Lookup is O(1).
-    """
-
-    def __init__(self, limit: int = _MAX_BACKINGS) -> None:
-        self._limit = limit
-        self._files: dict[tuple[FileKey, bool], FileBacking] = {}
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def get(self, fd: int) -> FileBacking:
-        """Return the backing of the file behind ``fd``, with one use for the caller to give back.
-
-        ``fd`` stays the caller's and may be closed at once.
-
-        Raises:
-            PeerError: It is not a file that can be mapped, or ENOSPC, too many files.
-        """
-        backing = FileBacking(fd, self._remove)
-        # Files in memory and on disk have inodes of their own; descriptors of a
-        # device may share one ("anon_inode") and yet be different devices.
-        if not backing.sized:
-            return backing
-        known = self._files.get((backing.key, backing.writable))
-        if known is not None:
-            backing.close()
-            return known.retain()
-        if len(self._files) >= self._limit:
-            backing.close()
-            raise PeerError(errno.ENOSPC, f"more than {self._limit} memory files")
-        self._files[backing.key, backing.writable] = backing
-        return backing
-
-    def _remove(self, backing: FileBacking) -> None:
-        if self._files.get((backing.key, backing.writable)) is backing:
-            del self._files[backing.key, backing.writable]
 
 
 class PrivateBacking(_Counted):
