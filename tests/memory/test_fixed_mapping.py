@@ -135,6 +135,10 @@ def test_a_failure_leaves_the_reservation_and_nothing_aside(
     # Not on a page: refused by the very last step, the move to its place.
     with pytest.raises(BackendError, match="mremap"):
         fixed_mapping.place_file(base + 1, PAGE, fd, 0, writable=True)
+    with PrivateBacking(PAGE) as memory, pytest.raises(BackendError, match="mremap"):
+        fixed_mapping.place_memory(base + 1, PAGE, memory.address, writable=True)
+    with pytest.raises(BackendError, match="mmap"):
+        fixed_mapping.vacate(base + 1, PAGE)
     os.close(reading)
 
     assert areas(base) == [Area(0, SIZE, "---p", 0)]

@@ -17,10 +17,11 @@ from viommu.memory.dma_target import (
 )
 from viommu.memory.placements import IncidentKind
 from viommu.memory.regions import IncompleteError
-from viommu.memory.va_mapper import OutsideReservationError
+from viommu.memory.va_mapper import OutsideReservationError, VaMapper
 
 if TYPE_CHECKING:
     from tests.memory.house import House
+    from viommu.memory.dma_target import AddressRange
 
 DEVICE = MemoryKind.DEVICE
 
@@ -321,3 +322,38 @@ def test_what_one_target_made_impossible_works_without_it(house: House) -> None:
     assert low.active
     assert good.mapped() == [(0, 1, True)]
     house.take_incidents()
+
+
+# The host itself fails
+
+
+def test_an_address_that_the_host_does_not_take_back_is_reported_and_tried_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of kernel memory, which no test can have in earnest."""
+    target = house.target("target", DmaNeeds.HOST_VA)
+    region = house.region("ram", 0, 4, (0, 1))
+
+    def out_of_memory(mapper: VaMapper, where: AddressRange) -> None:
+        raise BackendError(errno.ENOMEM, f"vacate {where} of {mapper.size:#x}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VaMapper, "unmap", out_of_memory)
+        with pytest.raises(IncompleteError, match="host virtual address not given back"):
+            house.manager.disable(region)
+        house.manager._check()
+    assert target.mapped() == []
+    assert house.take_incidents() == [(IncidentKind.NOT_VACATED, "ram", None)]
+    house.manager.enable(region)  # the same memory takes the place that it never lost
+    assert target.mapped() == [(0, 1, True)]
+
+
+def test_only_what_is_left_in_the_end_is_complained_about(house: House) -> None:
+    """Taking away a window brings back a BAR, which one target can't map: that is tolerated."""
+    target = house.target("target", DmaNeeds.HOST_VA)
+    bar = house.region("bar", 0, 1, (0, 1), kind=DEVICE)
+    window = house.region("window", 0, 4, (1, 1), kind=DEVICE, priority=1)
+    target.reject = {0}
+    house.manager.disable(window)
+    assert bar.active
+    assert house.take_incidents() == [(IncidentKind.NOT_MAPPED, "bar", "target")]
