@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.memory.recording import pages
+from tests.memory.recording import PAGE, pages
 from viommu.errors import InternalError
 from viommu.memory.dma_target import EVERYWHERE, AddressRange, MemoryKind
 from viommu.memory.overlay import Overlay
@@ -170,7 +170,7 @@ def test_it_agrees_with_a_model_that_looks_at_every_page(
 
 
 def may_overlap(new: Region, old: Region) -> bool:
-    mine, theirs = set(range(*new.where)), set(range(*old.where))
+    mine, theirs = set(range(*new.where, PAGE)), set(range(*old.where, PAGE))
     if mine.isdisjoint(theirs):
         return True
     if new.priority == old.priority:

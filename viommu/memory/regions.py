@@ -76,6 +76,11 @@ class RegionManager:
     A target that can't map RAM makes the change fail. One that can't map device
     memory does without, which ``report`` is told of.
 
+    With ``L`` priorities in use, a change costs `O(L log(n) + k)` where ``k``
+    regions and sub-mappings are at its place, and what targets and host take for
+    those that change. :meth:`register`, :meth:`retry`, :meth:`snapshot` and the
+    release of a target cost `O(n)`.
+
     Args:
         reservation: Bytes of host virtual addresses that are reserved while a
             target needs them; memory beyond can't be mapped by such a target.
