@@ -29,6 +29,9 @@ def mapper() -> Iterator[BasicMemoryMapper]:
         result = mapper.add_map(MappingInfo(page * PAGE, 0x10000 + page * PAGE, PAGE, prot))
         assert result is AddMapResult.OK
     yield mapper
+    for iova, size, times in mapper.exports.held():
+        for _ in range(times):
+            mapper.release(iova, size)
     # A session's fault event is its caller's: here that is the test.
     if mapper.exports._fault:
         mapper.exports._fault.close()

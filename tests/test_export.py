@@ -2,7 +2,9 @@
 
 import mmap
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -85,6 +87,51 @@ def test_a_session_that_holds_nothing_can_be_replaced() -> None:
     second = ledger.start()
 
     assert first is not second
+
+
+@contextmanager
+def no_more_fds() -> Iterator[None]:
+    """Every number below the limit is taken, by us or by a file that stays as it is."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_without_file_descriptors_no_session_starts() -> None:
+    ledger = ExportLedger()
+    with no_more_fds(), pytest.raises(ExportError, match="no event for an export session"):
+        ledger.start()
+
+    assert ledger.state is SessionState.NONE
+    assert ledger.start().fileno() >= 0
+
+
+def test_without_file_descriptors_nothing_is_exported() -> None:
+    ledger = ExportLedger()
+    ledger.start()
+    with no_more_fds(), pytest.raises(ExportError, match="no event for an export session"):
+        ledger.add(0, 1)
+
+    assert ledger.total == 0
+    ledger._check()
+
+
+def test_revoking_needs_no_file_descriptor() -> None:
+    ledger = ExportLedger()
+    fault = ledger.start()
+    ledger.add(0, 1)
+    with no_more_fds():
+        resolution = ledger.revoke(0, 1)
+
+    assert fault.is_set()
+    assert resolution is not None
+    ledger.release(0, 1)
+    assert resolution.is_set()
 
 
 def test_a_session_that_holds_something_can_not() -> None:

@@ -110,15 +110,17 @@ class ExportLedger:
 
         Raises:
             SessionFaulted: Exports that an IOMMU fault revoked are still held.
-            ExportError: The session before this one still holds exports.
+            ExportError: The session before this one still holds exports, or this
+                process may open no more file descriptors.
         """
         if self.state is SessionState.FAULTED:
             raise SessionFaulted(f"{self._total} exports of the faulted session are still held")
         if self._total:
             raise ExportError(f"the previous session still holds {self._total} exports")
+        event = _new_event()
         self._step(SessionEvent.START)
-        self._fault = Event()
-        return self._fault
+        self._fault = event
+        return event
 
     def check_export(self) -> None:
         """Raise unless one more range may be exported.
@@ -135,7 +137,14 @@ class ExportLedger:
             raise ExportError(f"limit of {self.max_exports} exports reached")
 
     def add(self, iova: int, size: int) -> None:
-        """Record an export that :meth:`check_export` allowed. Runtime: `O(log(n))`."""
+        """Record an export that :meth:`check_export` allowed. Runtime: `O(log(n))`.
+
+        Raises:
+            ExportError: This process may open no more file descriptors.
+        """
+        if self._resolution is None:
+            # Now, while it can be refused: an unmap must not fail for want of one.
+            self._resolution = _new_event()
         key = (iova, size)
         self._held[key] = self._held.get(key, 0) + 1
         self._total += 1
@@ -159,17 +168,20 @@ class ExportLedger:
         if self._total:
             return
         self._longest = 0
-        if self.state is SessionState.FAULTED:
-            self._step(SessionEvent.LAST_RELEASE)
-            if self._resolution is not None:
-                self._resolution.signal()
-                self._resolution = None
+        resolution, self._resolution = self._resolution, None
+        if self.state is not SessionState.FAULTED:
+            if resolution is not None:
+                resolution.close()  # nobody else has it
+            return
+        self._step(SessionEvent.LAST_RELEASE)
+        if resolution is not None:
+            resolution.signal()
 
     def revoke(self, start: int, end: int) -> Event | None:
         """Tell the client that ``[start, end)`` is gone.
 
         Returns ``None`` when nothing of it is exported; else the resolution
-        event, which the caller waits for. The fault event fires once a session.
+        event, which the caller waits for and closes. The fault event fires once a session.
         Runtime complexity: `O(log(n) + k)`, ``k`` held ranges near ``start``.
         """
         if not self._total or not self._touches(start, end):
@@ -177,7 +189,6 @@ class ExportLedger:
         if self.state is SessionState.ACTIVE:
             self._step(SessionEvent.FAULT)
             self.faults += 1
-            self._resolution = Event()
             if self._fault is None:
                 raise InternalError("an active session without a fault event")
             # The client owns the event; one that closed it has itself to blame.
@@ -205,6 +216,13 @@ class ExportLedger:
             raise InternalError("a faulted session holds nothing and was not resolved")
         if self.state in (SessionState.NONE, SessionState.DRAINED) and self._total:
             raise InternalError(f"{self._total} exports outside a session")
+
+
+def _new_event() -> Event:
+    try:
+        return Event()
+    except OSError as error:
+        raise ExportError(f"no event for an export session: {error}") from error
 
 
 class ExportedRegion:

@@ -137,7 +137,8 @@ class MemoryMapper(Protocol):
         caller owns the event.
 
         Raises:
-            ExportError: The session before this one still holds exports.
+            ExportError: The session before this one still holds exports, or the
+                host has no events to give.
         """
 
     def export(self, iova: int, size: int) -> list[MemRegion]:

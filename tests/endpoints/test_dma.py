@@ -169,7 +169,15 @@ def test_a_transfer_that_goes_on_keeps_the_unmap_waiting(world: World) -> None:
     assert seen == [region]
     assert not resolution.is_set()
     with pytest.raises(SessionFaulted):
-        world.dma.read(0, 4)
+        world.dma.export(0, 4, Access.READ)
+    # To a ring it is memory that can't be reached, and no other error.
+    for access in (
+        lambda: world.dma.read(0, 4),
+        lambda: world.dma.write(0, b"late"),
+        lambda: world.dma.views(0, 4, write=False),
+    ):
+        with pytest.raises(GuestMemoryError, match="can't be exported: 1 exports"):
+            access()
 
     region.release()
     assert resolution.is_set()

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from viommu.errors import Access, GuestMemoryError, SessionFaulted, TranslationFault
+from viommu.errors import (
+    Access,
+    ExportError,
+    GuestMemoryError,
+    SessionFaulted,
+    TranslationFault,
+)
 from viommu.export import ExportedRegion
 from viommu.iova import ADDRESS_SPACE_END
 from viommu.spec.virtio_iommu import FaultReason
@@ -83,7 +89,7 @@ class EndpointDma:
         Raises:
             TranslationFault: Not mapped like that; already reported to the guest.
             SessionFaulted: Exports that an IOMMU fault revoked are still held.
-            ExportError: Too many exports.
+            ExportError: Too many exports, or no session can be started.
         """
         if not self.enabled:
             raise TranslationFault(iova, access, FaultReason.UNKNOWN)
@@ -99,14 +105,14 @@ class EndpointDma:
 
         Raises:
             TranslationFault: Blocked, see :meth:`export`.
-            GuestMemoryError: Mapped to what is not memory.
+            GuestMemoryError: Mapped to what is not memory, or can't be exported now.
         """
-        with self.export(iova, size, Access.READ) as region:
+        with self._reach(iova, size, Access.READ) as region:
             return region.read()
 
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` to ``iova``, all of it or nothing; raises as :meth:`read` does."""
-        with self.export(iova, len(data), Access.WRITE) as region:
+        with self._reach(iova, len(data), Access.WRITE) as region:
             region.write(data)
 
     def views(self, iova: int, size: int, *, write: bool) -> list[memoryview]:
@@ -119,7 +125,7 @@ class EndpointDma:
         region = self._pinned.get(key)
         if region is None:
             access = Access.READ | Access.WRITE if write else Access.READ
-            region = self.export(iova, size, access)
+            region = self._reach(iova, size, access)
             # Export may have met a fault, which dropped every other view.
             self._pinned[key] = region
         try:
@@ -140,6 +146,13 @@ class EndpointDma:
         """Release what is pinned and stop listening for faults."""
         self.enabled = False
         self._end()
+
+    def _reach(self, iova: int, size: int, access: Access) -> ExportedRegion:
+        """Export for the ring, to which what it can't have at all is memory that is not there."""
+        try:
+            return self.export(iova, size, access)
+        except ExportError as error:
+            raise GuestMemoryError(iova, size, f"can't be exported: {error}") from error
 
     def _export(self, iova: int, size: int, access: Access) -> ExportedRegion:
         if iova + size > ADDRESS_SPACE_END:
