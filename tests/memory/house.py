@@ -12,7 +12,7 @@ from viommu.memory.regions import RegionManager
 
 if TYPE_CHECKING:
     from viommu.memory.dma_target import DmaRegistration
-    from viommu.memory.placements import Incident, IncidentKind
+    from viommu.memory.incident import Incident, IncidentKind
     from viommu.memory.region import Region
 
 RESERVED = 64

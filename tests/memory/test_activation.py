@@ -12,9 +12,10 @@ from viommu.errors import BackendError, InternalError
 from viommu.memory.activation import Activation
 from viommu.memory.backing import FileBacking
 from viommu.memory.dma_target import EVERYWHERE, DmaNeeds, MemoryKind
+from viommu.memory.incident import IncidentKind
 from viommu.memory.ledger import TargetLedger
 from viommu.memory.overlay import Overlay
-from viommu.memory.placements import IncidentKind, Placements
+from viommu.memory.placements import Placements
 from viommu.memory.region import MapParameters, Region, SubMapping
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from tests.memory.recording import PAGE, Call, RecordingTarget, pages, peek
 from viommu.errors import BackendError, InternalError
 from viommu.memory.backing import FileBacking
 from viommu.memory.dma_target import EVERYWHERE, DmaNeeds, HostAddressMissingError, MemoryKind
+from viommu.memory.incident import Incident, IncidentKind
 from viommu.memory.ledger import Placement, TargetLedger
-from viommu.memory.placements import Incident, IncidentKind, Placements
+from viommu.memory.placements import Placements
 from viommu.memory.va_mapper import OutsideReservationError
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from viommu.memory.dma_target import (
     HostAddressMissingError,
     MemoryKind,
 )
-from viommu.memory.placements import IncidentKind
-from viommu.memory.regions import IncompleteError
+from viommu.memory.incident import IncidentKind, IncompleteError
 from viommu.memory.va_mapper import OutsideReservationError, VaMapper
 
 if TYPE_CHECKING:

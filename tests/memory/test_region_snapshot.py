@@ -8,7 +8,8 @@ import pytest
 from tests.memory.recording import PAGE, RecordingTarget, pages
 from viommu.memory.backing import FileBacking, PrivateBacking
 from viommu.memory.dma_target import DmaNeeds, MemoryKind
-from viommu.memory.regions import IncompleteError, RegionManager
+from viommu.memory.incident import IncompleteError
+from viommu.memory.regions import RegionManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from viommu.memory.dma_target import (
     FileMissingError,
     MemoryKind,
 )
-from viommu.memory.placements import Incident, IncidentKind
+from viommu.memory.incident import Incident, IncidentKind
 from viommu.memory.region import RegionError, RegionOverlapError
 from viommu.memory.regions import RegionManager
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.memory.house import House
-    from viommu.memory.placements import Incident
+    from viommu.memory.incident import Incident
 
 DEVICE = MemoryKind.DEVICE
 

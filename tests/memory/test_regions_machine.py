@@ -18,8 +18,9 @@ from tests.memory.recording import PAGE, Entry, RecordingTarget, pages, peek
 from viommu.errors import ViommuError
 from viommu.memory.backing import FileBacking, PrivateBacking
 from viommu.memory.dma_target import DmaNeeds, DmaRegistration, FileMissingError, MemoryKind
+from viommu.memory.incident import IncompleteError
 from viommu.memory.region import MapParameters, Region, RegionError, RegionOverlapError
-from viommu.memory.regions import IncompleteError, RegionManager
+from viommu.memory.regions import RegionManager
 
 PAGES = 6
 MAX_TARGETS = 4

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from viommu.errors import InternalError
+from viommu.memory.incident import IncidentKind
 from viommu.memory.ledger import Placement
-from viommu.memory.placements import IncidentKind, Placements
 
 if TYPE_CHECKING:
     from viommu.memory.dma_target import AddressRange
     from viommu.memory.overlay import Overlay
+    from viommu.memory.placements import Placements
     from viommu.memory.region import Region, SubMapping
 
 __all__ = ["Activation"]

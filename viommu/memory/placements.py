@@ -7,15 +7,15 @@ Ranges are half-open ranges of guest physical addresses.
 
 from __future__ import annotations
 
-import enum
 import errno
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedDict
 
 from viommu.errors import BackendError, InternalError, ViommuError
 from viommu.memory.dma_target import DmaNeeds, MemoryKind
+from viommu.memory.incident import Incident, IncidentKind
 from viommu.memory.va_mapper import VaMapper
 
 if TYPE_CHECKING:
@@ -24,36 +24,7 @@ if TYPE_CHECKING:
     from viommu.memory.dma_target import AddressRange
     from viommu.memory.ledger import Placement, StuckEntry, TargetLedger
 
-__all__ = ["Incident", "IncidentKind", "Placements"]
-
-
-class IncidentKind(enum.Enum):
-    """What went wrong without stopping the operation."""
-
-    NO_ADDRESS = "no host virtual address for device memory"
-    NOT_MAPPED = "device memory not mapped"
-    NOT_UNMAPPED = "not unmapped"
-    NOT_VACATED = "host virtual address not given back"
-    NOT_ACTIVE = "region can't be active"
-
-
-class Incident(NamedTuple):
-    """A failure that was tolerated, or that could not be helped.
-
-    ``target`` is ``None`` when it is no target's failure. ``times`` counts such
-    failures of that target, or of all where there is none, this one included.
-    """
-
-    kind: IncidentKind
-    region: str
-    where: AddressRange
-    target: str | None
-    error: Exception
-    times: int
-
-    def __str__(self) -> str:
-        target = "" if self.target is None else f" ({self.target})"
-        return f"{self.where} of {self.region!r}{target}: {self.kind.value}: {self.error}"
+__all__ = ["Placements"]
 
 
 class Placements:

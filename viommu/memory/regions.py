@@ -11,12 +11,11 @@ Source: OpenVMM's region manager, whose rules these are.
 from __future__ import annotations
 
 import errno
-import logging
 from bisect import insort
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from viommu.errors import BackendError, InternalError, UsageError
+from viommu.errors import InternalError, UsageError
 from viommu.memory.activation import Activation
 from viommu.memory.backing import PrivateBacking
 from viommu.memory.dma_target import (
@@ -27,9 +26,10 @@ from viommu.memory.dma_target import (
     MemoryKind,
 )
 from viommu.memory.fixed_mapping import page_size
+from viommu.memory.incident import IncidentKind, IncompleteError, log_incident
 from viommu.memory.ledger import TargetLedger
 from viommu.memory.overlay import Overlay
-from viommu.memory.placements import IncidentKind, Placements
+from viommu.memory.placements import Placements
 from viommu.memory.region import MapParameters, Region, RegionError, SubMapping
 from viommu.memory.region_snapshot import snapshot
 from viommu.memory.va_mapper import DEFAULT_RESERVATION
@@ -39,30 +39,13 @@ if TYPE_CHECKING:
 
     from viommu.memory.backing import Backing
     from viommu.memory.dma_target import AddressRange, DmaTarget
-    from viommu.memory.placements import Incident
+    from viommu.memory.incident import Incident
 
-__all__ = ["IncompleteError", "RegionManager"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["RegionManager"]
 
 _MAX_PRIORITY: Final = 255
 _PRIORITIES: Final = {MemoryKind.RAM: _MAX_PRIORITY, MemoryKind.DEVICE: 0}
 _MAX_REGIONS: Final = 65535  # what vfio-user lets a client assume ("max_dma_maps")
-
-
-class IncompleteError(BackendError):
-    """Memory was taken away, but not without leaving something behind.
-
-    The operation was carried out as far as it goes; ``incidents`` says what it
-    left. :meth:`RegionManager.retry` tries that again.
-    """
-
-    def __init__(self, incidents: list[Incident]) -> None:
-        errors = [i.error for i in incidents if isinstance(i.error, BackendError)]
-        super().__init__(
-            errors[0].errno if errors else errno.EIO, "; ".join(str(i) for i in incidents)
-        )
-        self.incidents = incidents
 
 
 class RegionManager:
@@ -96,7 +79,7 @@ class RegionManager:
         report: Callable[[Incident], None] | None = None,
         max_regions: int = _MAX_REGIONS,
     ) -> None:
-        self._report = report or _log_incident
+        self._report = report or log_incident
         self._max_regions = max_regions
         self._page = page_size()
         self._overlay = Overlay()
@@ -378,9 +361,3 @@ class RegionManager:
             raise InternalError(f"{len(self._regions)} regions by name, others by address")
         if self._mappings != sum(len(region.mappings) for region in regions):
             raise InternalError(f"{self._mappings} sub-mappings were counted")
-
-
-def _log_incident(incident: Incident) -> None:
-    # A guest may cause the same one as often as it likes: 1st, 2nd, 4th, 8th ...
-    if not incident.times & (incident.times - 1):
-        _log.warning("%s", incident)
