@@ -146,6 +146,32 @@ def test_a_request_in_pieces_and_several_at_once(serve: Callable[..., Served]) -
         assert client.recv(1 << 16).count(b"\n") == 3
 
 
+def test_many_requests_at_once_are_answered_one_a_turn(serve: Callable[..., Served]) -> None:
+    served = serve()
+    with served.connect() as client:
+        client.send(ASK * 10)
+        served.loop.turn(0)  # accepts
+        served.loop.turn(0)
+        assert served.made == 2  # when it was read, and after all others had their turn
+        for made in range(3, 11):
+            served.loop.turn(0)
+            assert served.made == made
+
+        assert client.recv(1 << 16).count(b"\n") == 10
+        assert served.ask(client)["ok"] is True
+
+
+def test_a_client_may_leave_while_its_next_request_waits(serve: Callable[..., Served]) -> None:
+    served = serve(clients=1)
+    with served.connect() as greedy:
+        greedy.send(ASK * 10)
+        served.loop.turn(0)
+        served.loop.turn(0)
+        with served.connect() as other:  # displaces it
+            assert served.ask(other)["ok"] is True
+        assert served.made < 5
+
+
 def test_a_client_that_does_not_read_stops_only_itself(serve: Callable[..., Served]) -> None:
     served = serve()
     served.content = "x" * (1 << 20)

@@ -124,16 +124,21 @@ class ControlServer:
         self._serve(client)
 
     def _serve(self, client: _Connection) -> None:
-        """Answer the requests that have arrived, one reply in flight."""
-        while not client.output:
-            line, newline, rest = client.input.partition(b"\n")
-            if not newline and len(line) <= self._limits.request:
-                self._loop.on_readable(client.socket, lambda: self._receive(client))
-                return
-            client.input = rest
-            client.output = memoryview(self._answer(bytes(line)))
-            if not self._send(client):
-                return
+        """Answer one request, if it has arrived; the next one has to wait for its turn."""
+        line, newline, rest = client.input.partition(b"\n")
+        if not newline and len(line) <= self._limits.request:
+            self._loop.on_readable(client.socket, lambda: self._receive(client))
+            return
+        client.input = rest
+        client.output = memoryview(self._answer(bytes(line)))
+        if self._send(client):
+            # A snapshot takes time, and a client may ask for a hundred in one message.
+            self._loop.on_readable(client.socket, None)
+            self._loop.call_soon(lambda: self._go_on(client))
+
+    def _go_on(self, client: _Connection) -> None:
+        if client in self._clients:
+            self._serve(client)
 
     def _send(self, client: _Connection) -> bool:
         """Send what fits; return whether the client may ask again."""
