@@ -114,6 +114,14 @@ def test_zeroes_are_written_where_the_file_system_cannot_zero(
     assert image.read_bytes() == content[:512] + bytes(end - 512) + content[end:]
 
 
+def test_a_range_of_nothing_is_no_error(disk: DiskFile, image: Path) -> None:
+    content = image.read_bytes()
+    disk.discard(4096, 0)
+    for unmap in (False, True):
+        disk.write_zeroes(4096, 0, unmap=unmap)
+    assert image.read_bytes() == content
+
+
 def test_memory_is_a_file_system_that_cannot_zero() -> None:
     fd = os.memfd_create("disk")
     try:

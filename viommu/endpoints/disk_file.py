@@ -115,6 +115,8 @@ class DiskFile:
         return self._can_zero
 
     def _try(self, mode: int, offset: int, size: int) -> bool:
+        if not size:
+            return True  # the kernel calls that an invalid argument
         try:
             _fallocate(self._fd, mode, offset, size)
         except OSError as error:
