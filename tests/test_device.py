@@ -145,8 +145,21 @@ def test_a_group_mate_does_not_leave_while_another_stays(world: World) -> None:
     world.ask(attach(7, 2))
 
     assert world.ask(detach(7, 1)) == Status.UNSUPP
-    assert world.ask(attach(8, 1)) == Status.UNSUPP
     assert set(world.device.domains[7].endpoints) == {1, 2}
+
+
+def test_group_mates_move_together(world: World) -> None:
+    world.ask(attach(7, 1))
+    world.ask(attach(7, 2))
+    world.ask(map_pages(7, 0))
+
+    assert world.ask(attach(8, 1)) == Status.OK
+
+    assert set(world.device.domains) == {8}
+    assert set(world.device.domains[8].endpoints) == {1, 2}
+    assert world.shared.mappings() == []
+    assert world.ask(attach(8, 2)) == Status.OK
+    assert world.ask(detach(8, 2)) == Status.UNSUPP
 
 
 def test_a_lone_member_of_a_group_moves(world: World) -> None:

@@ -199,8 +199,10 @@ class VirtioIommu:
             )
         group = next((group for group in self._groups if group.mapper is mapper), None)
         if group is None:
-            group = self._unattached.add_group(mapper)
+            group = self._unattached.add_group(mapper, regions)
             self._groups.append(group)
+        elif group.reserved != regions:
+            raise UsageError(f"endpoints of mapper {mapper.id()} differ in reserved regions")
         endpoint = Endpoint(endpoint_id, group, regions)
         endpoint.group.endpoints.append(endpoint)
         self.endpoints[endpoint_id] = endpoint
@@ -322,7 +324,7 @@ class VirtioIommu:
             return self._attach_to_new(endpoint, domain_id, kind)
         if domain.kind is not kind:
             raise GuestError(Status.INVAL, f"domain {domain_id} is {domain.kind.value}")
-        if endpoint.domain is domain:
+        if endpoint.domain is domain and not endpoint.group.broken:
             return _OK
         self._check_compatible(endpoint, domain)
         return self._move(endpoint, domain)
@@ -330,8 +332,8 @@ class VirtioIommu:
     def _attach_to_new(
         self, endpoint: Endpoint, domain_id: int, kind: DomainKind
     ) -> bytes | Parked:
-        # The domain that a sole endpoint leaves behind is destroyed: it makes room.
-        if len(self.domains) >= self.config.limits.domains and not _sole(endpoint):
+        # A domain that nobody is left behind in is destroyed: it makes room.
+        if len(self.domains) >= self.config.limits.domains and not _leaves_none(endpoint):
             raise GuestError(Status.NOMEM, f"limit of {self.config.limits.domains} domains")
         domain = Domain(kind, domain_id)
         reply = self._move(endpoint, domain)
@@ -350,15 +352,25 @@ class VirtioIommu:
                 )
 
     def _move(self, endpoint: Endpoint, domain: Domain) -> bytes | Parked:
+        """Attach an endpoint to a domain that is not its own.
+
+        Endpoints that the host can't tell apart move together once they are in
+        one domain; one that is in none can only join its mates.
+        """
         group = endpoint.group
-        if group.domain is not domain and not group.moves_alone(endpoint):
+        mates = [mate for mate in group.endpoints if mate.attached and mate is not endpoint]
+        if mates and group.domain is not domain and endpoint.domain is None:
             raise GuestError(
-                Status.UNSUPP, f"endpoint {endpoint.id:#x} shares an address space with others"
+                Status.UNSUPP,
+                f"endpoint {endpoint.id:#x} shares an address space with {mates[0].id:#x}, "
+                "which is in another domain",
             )
+        moving = [endpoint] if group.domain is domain else [endpoint, *mates]
         resolution = domain.take(group)
-        self._forget(endpoint)
-        endpoint.domain = domain
-        domain.endpoints[endpoint.id] = endpoint
+        for each in moving:
+            self._forget(each)
+            each.domain = domain
+            domain.endpoints[each.id] = each
         return _OK if resolution is None else Parked([resolution], _OK)
 
     def _detach(self, request: bytes) -> bytes | Parked:
@@ -495,14 +507,19 @@ class VirtioIommu:
             self.mappings -= len(domain.map)
 
     def _release_group(self, group: EndpointGroup, waits: list[Event]) -> None:
-        """Give a group back to the unattached endpoints' domain; it can't stay where it is."""
-        try:
-            resolution = self._unattached.take(group)
-        except ViommuError as error:
-            group.broken = group.broken or f"leaving its domain failed ({error})"
-            return
-        if resolution is not None:
-            waits.append(resolution)
+        """Give a group back to the unattached endpoints' domain; it can't stay where it is.
+
+        A host that refuses bypass leaves the endpoints blocked.
+        """
+        for domain in (self._unattached, self._blocked):
+            try:
+                resolution = domain.take(group, forced=True)
+            except ViommuError as error:
+                group.quarantine(f"leaving its domain failed ({error})")
+            else:
+                if resolution is not None:
+                    waits.append(resolution)
+                return
 
     def _set_bypass(self, bypass: bool) -> list[Event]:  # noqa: FBT001 - it is the register's value
         waits: list[Event] = []
@@ -530,12 +547,15 @@ class VirtioIommu:
             reason = FaultReason.UNKNOWN
         elif endpoint.kind is DomainKind.BLOCKED:
             reason = FaultReason.DOMAIN
-        flags = spec.FAULT_F_ADDRESS
+        # A transfer that passes the end of the address space has no such address.
+        flags, address = spec.FAULT_F_ADDRESS, fault.iova
+        if address >= ADDRESS_SPACE_END:
+            flags = address = 0
         if Access.READ in fault.access:
             flags |= spec.FAULT_F_READ
         if Access.WRITE in fault.access:
             flags |= spec.FAULT_F_WRITE
-        self._pending.append(spec.FAULT.pack(reason, flags, endpoint_id, fault.iova))
+        self._pending.append(spec.FAULT.pack(reason, flags, endpoint_id, address))
         if self._on_fault:
             self._on_fault()
 
@@ -573,6 +593,7 @@ class VirtioIommu:
                 raise InternalError(f"domain {number} is empty or misfiled")
 
 
-def _sole(endpoint: Endpoint) -> bool:
-    """Return whether ``endpoint`` is the only one of its domain."""
-    return endpoint.domain is not None and len(endpoint.domain.endpoints) == 1
+def _leaves_none(endpoint: Endpoint) -> bool:
+    """Return whether the domain of ``endpoint`` is empty once its group has left it."""
+    domain = endpoint.domain
+    return domain is not None and len(domain.groups) == 1

@@ -8,6 +8,7 @@ domain really programs.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,14 +58,54 @@ class DomainKind(enum.Enum):
 
 
 class EndpointGroup:
-    """The endpoints behind one mapper, and the domain that the mapper is programmed with."""
+    """The endpoints behind one mapper, and the domain that the mapper is programmed with.
 
-    def __init__(self, mapper: MemoryMapper, domain: Domain) -> None:
+    ``reserved`` is the same for all of them: they share one address space.
+    """
+
+    def __init__(
+        self, mapper: MemoryMapper, domain: Domain, reserved: tuple[ReservedRegion, ...] = ()
+    ) -> None:
         self.mapper = mapper
         self.domain = domain
+        self.reserved = reserved
         self.endpoints: list[Endpoint] = []
-        # Why the mapper can no longer be trusted to hold what its domain says.
+        # Why the mapper does not hold what its domain says. It was emptied then, so
+        # that its endpoints reach nothing, unless the host refused even that.
         self.broken: str | None = None
+
+    def identity(self) -> list[MappingInfo]:
+        """Return what a bypass domain maps: everything but the reserved regions.
+
+        A DMA to those must affect nobody but the endpoint (virtio 1.2, 5.13.6.8.1).
+        """
+        granule = self.mapper.get_mask() & -self.mapper.get_mask()
+        pieces = []
+        at = 0
+        for region in self.reserved:
+            end = region.start // granule * granule
+            if at < end:
+                pieces.append(IDENTITY._replace(iova=at, gpa=at, size=end - at))
+            at = -(-region.end // granule) * granule
+        if at < ADDRESS_SPACE_END:
+            pieces.append(IDENTITY._replace(iova=at, gpa=at, size=ADDRESS_SPACE_END - at))
+        return pieces
+
+    def empty(self) -> Event | None:
+        """Have the mapper forget everything; return a resolution event, if there is one.
+
+        Raises:
+            BackendError: The host refused.
+        """
+        if self.mapper.supports_detach():
+            return self.mapper.reset_domain()
+        return self.mapper.remove_map(0, ADDRESS_SPACE_END).resolution
+
+    def quarantine(self, why: str) -> None:
+        """Empty a mapper that could not be put right, so that it gives access to nothing."""
+        self.broken = why
+        with contextlib.suppress(BackendError):
+            self.empty()
 
     def moves_alone(self, endpoint: Endpoint) -> bool:
         """Return whether no other endpoint of this group was attached by the guest."""
@@ -110,47 +151,52 @@ class Domain:
         self.groups: list[EndpointGroup] = []
         self.endpoints: dict[int, Endpoint] = {}
 
-    def add_group(self, mapper: MemoryMapper) -> EndpointGroup:
+    def add_group(
+        self, mapper: MemoryMapper, reserved: tuple[ReservedRegion, ...] = ()
+    ) -> EndpointGroup:
         """Return a new group for ``mapper``, programmed with this domain.
 
         Raises:
             BackendError: The host refused this domain's mappings.
         """
-        group = EndpointGroup(mapper, self)
-        self._load(mapper)
+        group = EndpointGroup(mapper, self, reserved)
+        self._load(group)
         self.groups.append(group)
         return group
 
-    def take(self, group: EndpointGroup) -> Event | None:
+    def take(self, group: EndpointGroup, *, forced: bool = False) -> Event | None:
         """Move ``group`` here from the domain it is in.
 
-        Its mapper forgets the old domain and gets every mapping of this one; when
-        the host refuses one of them the old domain is put back. Returns the
-        resolution event when the client of the mapper held exported memory.
+        Its mapper forgets the old domain and gets every mapping of this one. When
+        the host refuses one of them the old domain is put back, unless the move is
+        ``forced``: then the mapper stays empty and the group in its old domain.
+        Returns the resolution event when the client of the mapper held exported
+        memory. A group that is out of order is put in order by a move that succeeds.
 
         Raises:
             BackendError: The host refused; the group is where it was.
-            GuestError: UNSUPP when the mapper can't leave a domain.
+            GuestError: UNSUPP when the mapper can't leave a domain and is not forced
+                to; INVAL when the host keeps an IOVA of this domain for itself.
             InternalError: The old domain could not be put back: the group is broken.
         """
         old = group.domain
-        if old is self:
+        if old is self and not group.broken:
             return None
-        if group.broken:
-            raise InternalError(f"mapper {group.mapper.id()} is out of order: {group.broken}")
         resolution = None
-        if old.holds_mappings or old.shares_space(group):
-            if not group.mapper.supports_detach():
+        if old.holds_mappings or old.shares_space(group) or group.broken:
+            if not forced and not group.mapper.supports_detach():
                 raise GuestError(Status.UNSUPP, f"mapper {group.mapper.id()} can't be detached")
-            resolution = group.mapper.reset_domain()
+            resolution = group.empty()
         try:
-            self._load(group.mapper)
+            self._load(group)
         except (BackendError, GuestError):
-            old.restore(group)
+            if not forced:
+                old.restore(group)
             raise
         old.groups.remove(group)
         self.groups.append(group)
         group.domain = self
+        group.broken = None
         return resolution
 
     @property
@@ -166,10 +212,13 @@ class Domain:
     def restore(self, group: EndpointGroup) -> None:
         """Load this domain into ``group``'s emptied mapper again after a failed move."""
         try:
-            self._load(group.mapper)
+            if group.broken:
+                group.empty()
+            self._load(group)
         except (BackendError, GuestError) as error:
-            group.broken = f"putting its domain back failed ({error})"
+            group.quarantine(f"putting its domain back failed ({error})")
             raise InternalError(f"mapper {group.mapper.id()}: {group.broken}") from error
+        group.broken = None
 
     def map_range(self, mapping: MappingInfo) -> None:
         """Add ``mapping`` to the domain and to each of its mappers, or to none.
@@ -187,7 +236,7 @@ class Domain:
                 _add(group.mapper, mapping)
             except (BackendError, GuestError):
                 for earlier in spaces[:done]:
-                    _remove_or_break(earlier, mapping)
+                    self._undo_add(earlier, mapping)
                 self.map.remove(mapping.iova, mapping.iova + mapping.size)
                 raise
 
@@ -195,27 +244,34 @@ class Domain:
         """Remove every mapping inside ``[start, end)`` from the domain and its mappers.
 
         Returns the resolution events to wait for before the guest may be told.
+        A mapper is told of whole mappings only: the edges of the range may be
+        anywhere in a gap.
 
         Raises:
             GuestError: RANGE when a mapping would be split; nothing is removed.
             BackendError: A host refused; what was removed before is mapped again.
         """
-        self._check_in_order()
         removed = self.map.remove(start, end)
         if removed is None:
             raise GuestError(Status.RANGE, f"[{start:#x}, {end:#x}) would split a mapping")
         if not removed:
             return []
+        first, last = removed[0], removed[-1]
         waits: list[Event] = []
-        spaces = self._spaces()
-        for done, group in enumerate(spaces):
+        done: list[EndpointGroup] = []
+        for group in self._spaces():
             try:
-                resolution = _remove(group.mapper, start, end)
+                if group.broken:
+                    # It must hold nothing, but its client may still have to let go.
+                    resolution = group.empty()
+                else:
+                    resolution = _remove(group.mapper, first.iova, last.iova + last.size)
+                    done.append(group)
             except (BackendError, InternalError):
                 for mapping in removed:
                     self.map.add(mapping)
-                    for earlier in spaces[:done]:
-                        _add_or_break(earlier, mapping)
+                for earlier in done:
+                    self._undo_removal(earlier, removed)
                 raise
             if resolution is not None:
                 waits.append(resolution)
@@ -235,24 +291,47 @@ class Domain:
             spaces.setdefault(group.mapper.id(), group)
         return list(spaces.values())
 
-    def _load(self, mapper: MemoryMapper) -> None:
-        """Give an empty mapper this domain's mappings, or leave it empty."""
+    def _load(self, group: EndpointGroup) -> None:
+        """Give an empty mapper this domain's mappings, or leave it empty (or broken)."""
         if self.kind is not DomainKind.BLOCKED and any(
-            mapper.join(mate.mapper) for mate in self.groups if mate.mapper is not mapper
+            group.mapper.join(mate.mapper)
+            for mate in self.groups
+            if mate is not group and not mate.broken and mate.reserved == group.reserved
         ):
             return
-        if self.kind is DomainKind.BYPASS:
-            _add(mapper, IDENTITY)
-            return
+        wanted = group.identity() if self.kind is DomainKind.BYPASS else self.map
         done: list[MappingInfo] = []
-        for mapping in self.map:
+        for mapping in wanted:
             try:
-                _add(mapper, mapping)
+                _add(group.mapper, mapping)
             except (BackendError, GuestError):
                 for earlier in reversed(done):
-                    mapper.remove_map(earlier.iova, earlier.size)
+                    self._undo_add(group, earlier)
                 raise
             done.append(mapping)
+
+    def _undo_add(self, group: EndpointGroup, mapping: MappingInfo) -> None:
+        """Undo one add; a mapper that can't is emptied, and not to be trusted any more."""
+        if group.broken:
+            return
+        try:
+            group.mapper.remove_map(mapping.iova, mapping.size)
+        except BackendError as error:
+            self._quarantine(group, f"undoing {mapping} failed ({error})")
+
+    def _undo_removal(self, group: EndpointGroup, mappings: Iterable[MappingInfo]) -> None:
+        """Undo a removal; a mapper that can't is emptied, and not to be trusted any more."""
+        try:
+            for mapping in mappings:
+                _add(group.mapper, mapping)
+        except (BackendError, GuestError) as error:
+            self._quarantine(group, f"restoring {mapping} failed ({error})")
+
+    def _quarantine(self, group: EndpointGroup, why: str) -> None:
+        """Quarantine a group and those here whose mappers share its address space."""
+        number = group.mapper.id()
+        for mate in [mate for mate in self.groups if mate.mapper.id() == number] or [group]:
+            mate.quarantine(why)
 
     def _check(self) -> None:
         """Raise InternalError when an invariant is broken."""
@@ -281,28 +360,12 @@ def _remove(mapper: MemoryMapper, start: int, end: int) -> Event | None:
     return resolution
 
 
-def _remove_or_break(group: EndpointGroup, mapping: MappingInfo) -> None:
-    """Undo one add; a mapper that can't is not to be trusted any more."""
-    try:
-        group.mapper.remove_map(mapping.iova, mapping.size)
-    except BackendError as error:
-        group.broken = f"undoing {mapping} failed ({error})"
-
-
-def _add_or_break(group: EndpointGroup, mapping: MappingInfo) -> None:
-    """Undo one removal; a mapper that can't is not to be trusted any more."""
-    try:
-        _add(group.mapper, mapping)
-    except (BackendError, GuestError) as error:
-        group.broken = f"restoring {mapping} failed ({error})"
-
-
 def sorted_reserved(regions: Iterable[ReservedRegion]) -> tuple[ReservedRegion, ...]:
     """Return ``regions`` by rising address.
 
     Raises:
         UsageError: PROBE must not say this: an empty or overlapping region, or a
-            second MSI region (virtio 1.2, 5.13.6.7.1).
+            second MSI region (virtio 1.2, 5.13.6.8.1).
     """
     ordered = tuple(sorted(regions))
     at = 0

@@ -107,7 +107,7 @@ class HostMap:
         if not self._mappings.add(mapping):
             return False
         try:
-            self._enter(mapping, self._pieces, tolerate_bars=_is_identity(mapping))
+            self._enter(mapping, self._pieces, asked_for=True)
         except BackendError:
             self._mappings.remove(mapping.iova, mapping.iova + mapping.size)
             raise
@@ -154,7 +154,7 @@ class HostMap:
         done: list[MappingInfo] = []
         for mapping in self._leading_to(piece.gpa, piece.gpa + piece.size):
             try:
-                done += self._enter(mapping, [piece], tolerate_bars=True)
+                done += self._enter(mapping, [piece])
             except BackendError:
                 self._withdraw(done)
                 raise
@@ -183,15 +183,19 @@ class HostMap:
         return (m for m in self._mappings if m.gpa < end and start < m.gpa + m.size)
 
     def _enter(
-        self, mapping: MappingInfo, pieces: list[Piece], *, tolerate_bars: bool
+        self, mapping: MappingInfo, pieces: list[Piece], *, asked_for: bool = False
     ) -> list[MappingInfo]:
-        """Map the parts of ``mapping`` that lead to ``pieces``, or none; return the entries."""
+        """Map the parts of ``mapping`` that lead to ``pieces``, or none; return the entries.
+
+        A BAR that the host refuses is tolerated, but not where a guest has just
+        ``asked_for`` nothing else: bypass asks for all of memory.
+        """
         done: list[MappingInfo] = []
         for entry, part in self._parts(mapping, pieces):
             try:
                 self._space.map(entry.iova, part, entry.prot)
             except BackendError as error:
-                if part.device and tolerate_bars:
+                if part.device and not (asked_for and part.size == mapping.size):
                     self.refused_bars += 1
                     _log.warning("a BAR stays out of reach: %s", error)
                     continue
@@ -254,8 +258,3 @@ class HostMap:
             piece = self._part_of(entry)
             if Access.WRITE in entry.prot and not piece.writable:
                 raise InternalError(f"{entry} lets a device write {piece}")
-
-
-def _is_identity(mapping: MappingInfo) -> bool:
-    """Return whether this is bypass: all of memory as it is, not a place a guest asked for."""
-    return mapping.iova == mapping.gpa == 0 and mapping.size == 1 << 64

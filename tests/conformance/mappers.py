@@ -66,6 +66,7 @@ class FaultyMapper(BasicMemoryMapper):
 
     def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
         """Remove mappings, or refuse as told."""
+        self._check_range(iova_start, size)
         self.removes += 1
         self._refuse_if_told("remove", self.removes)
         result = super().remove_map(iova_start, size)

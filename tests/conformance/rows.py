@@ -291,7 +291,7 @@ _TABLE = (
         "5.13.6.8.1",
         _S,
         "What an endpoint does in a reserved region affects nobody else.",
-        "no mapping leads out of one",
+        "never guest memory, neither through a mapping nor in bypass",
     ),
     Row("FR1", "5.13.6.9.2", _S, "Reserved bytes of a fault report are zero.", "zero"),
     Row("FR2", "5.13.6.9.2", _S, "Undefined flags of a fault report are zero.", "zero"),

@@ -147,7 +147,7 @@ def test_AT6_a_mapper_that_cannot_leave_its_domain_is_unsupported(
     assert rig.reach(A, 0x1000) == [(0x8000, 1)]
 
 
-def test_AT6_endpoints_that_share_a_mapper_do_not_part(
+def test_AT6_endpoints_that_share_a_mapper_move_together_or_not_at_all(
     make_rig: Callable[..., Rig], clause: Clause
 ) -> None:
     rig = make_rig()
@@ -156,7 +156,8 @@ def test_AT6_endpoints_that_share_a_mapper_do_not_part(
     clause.accepts(rig.send(attach(1, A)))
     clause.rejects(rig.send(attach(2, B)), Status.UNSUPP)
     clause.accepts(rig.send(attach(1, B)))
-    clause.rejects(rig.send(attach(2, A)), Status.UNSUPP)
+    clause.accepts(rig.send(attach(2, A)))
+    assert set(rig.iommu.domains[2].endpoints) == {A, B}
 
 
 def test_AT6_prime_attaching_again_changes_nothing(mapped: Rig, clause: Clause) -> None:
@@ -219,3 +220,20 @@ def test_AT8_a_bypass_domain_that_the_host_refuses_is_not_made(mapped: Rig, clau
     mapped.mappers[B].fail_add()
     clause.rejects(mapped.send(attach(2, B, flags=ATTACH_F_BYPASS)), Status.DEVERR)
     assert mapped.send(map_(2, 0x1000, 0x1FFF, 0)).status == Status.NOENT
+
+
+def test_AT8_a_host_that_fails_twice_leaves_no_access_to_the_new_domain(
+    mapped: Rig, clause: Clause
+) -> None:
+    assert mapped.send(attach(2, B)).status == Status.OK
+    for iova in (0x9000, 0xB000):
+        assert mapped.send(map_(2, iova, iova + 0xFFF, 0xC000)).status == Status.OK
+    mapper = mapped.mappers[A]
+    mapper.fail_add(2)  # the second mapping of domain 2 is refused ...
+    mapper.fail_remove(1)  # ... and so is taking the first one back
+    data = mapped.iommu.handle(attach(2, A), spec.TAIL_SIZE)
+    assert isinstance(data, bytes)
+    assert data[0] == Status.DEVERR
+    mapped.check()
+    assert mapped.is_blocked(A, 0x9000)
+    clause.rejected()

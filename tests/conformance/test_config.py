@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conformance.conftest import A, B
+from tests.conformance.mappers import FaultyMapper
 from tests.conformance.rig import attach, map_, probe
 from viommu.device import FEATURES
 from viommu.errors import UsageError
@@ -217,4 +218,48 @@ def test_IN1_a_reset_says_which_memory_is_still_in_use(rig: Rig, clause: Clause)
         assert not wait.is_set()
         mapper.release(0x1000, 0x1000)
     assert wait.is_set()
+    clause.observed()
+
+
+@pytest.mark.parametrize("detachable", [False, True])
+@pytest.mark.parametrize("flags", [0, ATTACH_F_BYPASS])
+def test_IN1_a_mapper_that_cannot_leave_a_domain_is_emptied_too(
+    make_rig: Callable[..., Rig], clause: Clause, detachable: bool, flags: int
+) -> None:
+    rig = make_rig()
+    rig.add(A, mapper=FaultyMapper(detachable=detachable))
+    assert rig.send(attach(1, A, flags=flags)).status == Status.OK
+    if not flags:
+        assert rig.send(map_(1, 0x1000, 0x1FFF, 0x8000)).status == Status.OK
+    rig.iommu.reset()
+    assert rig.mappings(A) == []
+    assert rig.send(attach(2, A)).status == Status.OK
+    clause.observed()
+
+
+def test_IN1_a_host_that_refuses_bypass_leaves_the_endpoint_blocked(
+    rig: Rig, clause: Clause
+) -> None:
+    rig.iommu.write_config(BYPASS_OFFSET, b"\1")
+    for request in (attach(1, A), map_(1, 0x1000, 0x1FFF, 0x8000)):
+        assert rig.send(request).status == Status.OK
+    rig.mappers[A].fail_add()
+    rig.iommu.reset()
+    assert rig.is_blocked(A, 0x1000)
+    assert rig.is_blocked(A, 0x8000)
+    clause.observed()
+
+
+def test_IN1_a_mapper_out_of_order_is_emptied(rig: Rig, clause: Clause) -> None:
+    for request in (attach(1, A), attach(1, B)):
+        assert rig.send(request).status == Status.OK
+    rig.mappers[B].fail_add()  # B's host refuses the mapping ...
+    rig.mappers[A].fail_remove()  # ... and A's won't give it up again
+    data = rig.iommu.handle(map_(1, 0x1000, 0x1FFF, 0x8000), spec.TAIL_SIZE)
+    assert data == bytes([Status.DEVERR, 0, 0, 0])
+    rig.iommu.reset()
+    assert rig.mappings(A) == []
+    assert rig.mappings(B) == []
+    for endpoint in (A, B):
+        assert rig.send(attach(1, endpoint)).status == Status.OK
     clause.observed()

@@ -83,6 +83,18 @@ def test_FR4_the_address_is_that_of_the_first_byte_that_is_not_mapped(
     clause.observed()
 
 
+def test_FR4_an_address_past_the_end_is_reported_all_the_same(mapped: Rig, clause: Clause) -> None:
+    # A transfer that begins in the last page and does not end there: no 64-bit
+    # field holds the first address that is missing.
+    mapped.iommu.report_fault(A, TranslationFault(1 << 64, READ))
+    report = mapped.iommu.take_fault()
+    assert report is not None
+    fault = spec.Fault.from_buffer_copy(report)
+    assert fault.endpoint == A
+    assert not fault.flags & spec.FAULT_F_ADDRESS or fault.address >= 0
+    clause.observed()
+
+
 def test_FR4_the_reason_is_that_of_the_moment(mapped: Rig, clause: Clause) -> None:
     assert mapped.stray(A, 0x3000).reason == FaultReason.MAPPING
     assert mapped.send(detach(1, A)).status == Status.OK

@@ -93,6 +93,32 @@ def test_OP1_an_unmap_that_fails_after_revoking_still_answers(shared: Rig, claus
     clause.accepts(shared.send(unmap(1, 0, 0xFFFF)))
 
 
+def test_OP1_a_host_that_fails_twice_loses_the_endpoint_its_mappings_until_it_attaches_again(
+    shared: Rig, clause: Clause
+) -> None:
+    mapper = shared.mappers[A]
+    with mapper.start_export_session() as fault:
+        mapper.export(0x1000, 0x1000)
+        shared.mappers[B].fail_remove()  # B's host refuses the removal ...
+        mapper.fail_add()  # ... and A's refuses to map again what it had removed
+        data = shared.iommu.handle(unmap(1, 0x1000, 0x1FFF), spec.TAIL_SIZE)
+        assert data == bytes([Status.DEVERR, 0, 0, 0])
+        shared.check()
+        assert fault.is_set()
+        assert mapper.mappings() == []
+        clause.rejected()
+        # The guest tries again: what it may reuse after the reply is no longer in use.
+        parked = shared.send_parked(unmap(1, 0x1000, 0x1FFF))
+        assert not any(event.is_set() for event in parked.events)
+        mapper.release(0x1000, 0x1000)
+    assert all(event.is_set() for event in parked.events)
+    assert shared.is_blocked(B, 0x1000)
+    clause.rejects(shared.send(map_(1, 0x5000, 0x5FFF, 0)), Status.DEVERR)
+    clause.accepts(shared.send(attach(1, A)))
+    clause.accepts(shared.send(map_(1, 0x5000, 0x5FFF, 0)))
+    assert shared.mappings(A) == shared.mappings(B)
+
+
 def test_OP2_unknown_types_are_given_back(rig: Rig, clause: Clause) -> None:
     for request in ALL_OK:
         clause.accepts(rig.send(request))

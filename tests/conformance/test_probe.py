@@ -14,7 +14,7 @@ from viommu.domain import X86_MSI_WINDOW, ReservedRegion
 from viommu.errors import UsageError
 from viommu.spec import virtio_iommu as spec
 from viommu.spec._struct import sizeof
-from viommu.spec.virtio_iommu import Feature, ReservedKind, Status
+from viommu.spec.virtio_iommu import ATTACH_F_BYPASS, Feature, ReservedKind, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,4 +172,19 @@ def test_RM5_no_mapping_leads_out_of_a_reserved_region(probed: Rig, clause: Clau
     for region in (LOW, X86_MSI_WINDOW, HIGH):
         assert probed.is_blocked(A, region.start)
         assert probed.is_blocked(A, region.end - 1)
+    clause.observed()
+
+
+@pytest.mark.parametrize("flags", [None, ATTACH_F_BYPASS], ids=["unattached", "bypass domain"])
+def test_RM5_bypass_stops_at_reserved_regions(
+    probed: Rig, clause: Clause, flags: int | None
+) -> None:
+    probed.iommu.write_config(36, b"\1")
+    if flags is not None:
+        assert probed.send(attach(1, A, flags=flags)).status == Status.OK
+    for region in (LOW, X86_MSI_WINDOW, HIGH):
+        assert probed.is_blocked(A, region.start)
+        assert probed.is_blocked(A, region.end - 1)
+    assert probed.reach(A, 0) == [(0, 1)]
+    assert probed.reach(A, 0x3000) == [(0x3000, 1)]
     clause.observed()

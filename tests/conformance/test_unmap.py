@@ -94,6 +94,13 @@ def test_UN5_gaps_are_no_error(
     clause.observed()
 
 
+def test_UN5_a_range_may_end_anywhere_in_a_gap(mapped: Rig, clause: Clause) -> None:
+    # The standard asks no alignment of an UNMAP; mappers never hear of such a range.
+    clause.accepts(mapped.send(unmap(1, 0x0FF0, 0x2010)))
+    assert starts(mapped) == [0x4000, 0x6000]
+    clause.observed()
+
+
 def test_UN5_the_reply_waits_for_memory_in_use(mapped: Rig, clause: Clause) -> None:
     mapper = mapped.mappers[B]
     with mapper.start_export_session() as fault:

@@ -86,16 +86,18 @@ class SpecModel:
                 self.reserved[member] != self.reserved[endpoint] for member in self._in(domain)
             ):
                 refusals.add(Status.UNSUPP)
-            if any(
-                self.domain_of.get(mate, domain) != domain
-                for mate in self.mates[endpoint]
-                if mate != endpoint
+            # Who is in no domain can only join the mates; who is with them takes them along.
+            if now is None and any(
+                self.domain_of.get(mate, domain) != domain for mate in self.mates[endpoint]
             ):
                 refusals.add(Status.UNSUPP)
         if not refusals and now != domain:
-            self._leave(endpoint)
+            moving = {mate for mate in self.mates[endpoint] if now is not None}
+            moving = {mate for mate in moving if mate in self.domain_of} | {endpoint}
+            for member in moving:
+                self._leave(member)
             self.domains.setdefault(domain, _Domain(bypass=bypass))
-            self.domain_of[endpoint] = domain
+            self.domain_of.update(dict.fromkeys(moving, domain))
         return refusals
 
     def detach(self, domain: int, endpoint: int) -> set[Status]:
@@ -172,7 +174,8 @@ class SpecModel:
         """Return (guest physical address, READ and WRITE flags); ``None``: it must fault."""
         mapped = self.seen_by(endpoint)
         if mapped is None:
-            return address, _RW
+            reserved = any(low <= address <= high for low, high in self.reserved[endpoint])
+            return None if reserved else (address, _RW)
         for each in mapped:
             if each.first <= address <= each.last:
                 return each.phys + address - each.first, each.flags & _RW
@@ -182,8 +185,9 @@ class SpecModel:
         return [endpoint for endpoint, there in self.domain_of.items() if there == domain]
 
     def _is_alone(self, endpoint: int) -> bool:
+        """Return whether only mates of ``endpoint`` are in its domain."""
         now = self.domain_of.get(endpoint)
-        return now is not None and self._in(now) == [endpoint]
+        return now is not None and set(self._in(now)) <= set(self.mates[endpoint])
 
     def _leave(self, endpoint: int) -> None:
         old = self.domain_of.pop(endpoint, None)
