@@ -242,6 +242,31 @@ def test_a_reset_waits_for_what_a_parked_unmap_waited_for(world: World) -> None:
     assert world.ask(UNKNOWN_DOMAIN) == Status.NOENT
 
 
+def test_a_reset_of_a_device_that_was_never_started_waits_too(world: World) -> None:
+    world.device.reset(ResetKind.DRIVER)
+    idle = VirtioIommuDevice(world.iommu, world.loop)
+    idle.plug(world.bus)
+    idle.write_config(36, b"\1")
+    world.hold()
+
+    assert not idle.reset(ResetKind.SYSTEM)
+    world.mapper.release(0, 8)
+    world.loop.turn(0)
+    assert world.bus.resets_done == 1
+
+
+def test_nothing_is_written_for_a_parked_request_while_the_bus_is_off(world: World) -> None:
+    world.map_page()
+    world.hold()
+    head = world.submit(UNMAP)
+    world.device.notify(spec.REQUEST_QUEUE)
+    world.bus.active = False
+    world.mapper.release(0, 8)
+    world.loop.turn(0)
+
+    assert world.memory.read(world.replies[head], 4) == b"\xee" * 4
+
+
 def test_a_reset_of_an_idle_device_is_done_at_once(world: World) -> None:
     world.map_page()
 

@@ -66,6 +66,10 @@ class VirtioDevice(ABC):
     config_size: int
     max_chain_bytes: int = DEFAULT_MAX_CHAIN_BYTES
 
+    def plug(self, transport: Transport) -> None:
+        """Get to know the transport, once, before anything else is called."""
+        del transport
+
     @abstractmethod
     def read_config(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of device configuration, which lie inside ``config_size``."""

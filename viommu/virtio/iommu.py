@@ -63,7 +63,7 @@ class VirtioIommuDevice(VirtioDevice):
         self._events: SplitQueue | None = None
         self._parked: tuple[Chain, bytes] | None = None
         self._waits: list[Event] = []
-        self._resetting: Transport | None = None
+        self._resetting = False
         self._scheduled = False
         iommu.on_fault(self._deliver_faults)
 
@@ -73,6 +73,10 @@ class VirtioIommuDevice(VirtioDevice):
         return len(self._waits)
 
     # -- VirtioDevice --
+
+    def plug(self, transport: Transport) -> None:
+        """Remember whom to tell of a reset that has finished."""
+        self._transport = transport
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Return part of ``struct virtio_iommu_config``."""
@@ -97,6 +101,7 @@ class VirtioIommuDevice(VirtioDevice):
         if index == spec.EVENT_QUEUE:
             self._deliver_faults()
         elif self._runner is not None and self._requests is not None:
+            self._answer_parked()
             if self._on_idle_kick and not self._runner.parked and not self._runner.has_work():
                 self._on_idle_kick(self._requests.avail_address)
             self._serve()
@@ -110,12 +115,9 @@ class VirtioIommuDevice(VirtioDevice):
         # An UNMAP that was parked is forgotten, but what it waited for still counts.
         self._parked = None
         self._wait_for([*self._waits, *revoked])
-        self._resetting = self._transport or self._resetting
-        self._transport = self._runner = self._requests = self._events = None
-        if self._waits:
-            return False
-        self._resetting = None
-        return True
+        self._runner = self._requests = self._events = None
+        self._resetting = bool(self._waits)
+        return not self._resetting
 
     def close(self) -> None:
         """Stop waiting for releases."""
@@ -162,19 +164,30 @@ class VirtioIommuDevice(VirtioDevice):
             self._loop.on_readable(event, partial(self._released, event))
 
     def _released(self, event: Event) -> None:
+        if not event.is_set():
+            return  # the loop meant an fd of this number that was closed meanwhile
         self._loop.forget(event)
         self._waits.remove(event)
         event.close()
         if self._waits:
             return
-        if self._resetting is not None:
-            transport, self._resetting = self._resetting, None
-            transport.reset_done()
-        elif self._parked is not None:
+        if self._resetting:
+            self._resetting = False
+            if self._transport is not None:
+                self._transport.reset_done()
+        else:
             self._answer_parked()
 
     def _answer_parked(self) -> None:
-        if self._parked is None or self._runner is None or self._requests is None:
+        """Answer the parked request, if it has waited long enough and the bus is ours."""
+        if (
+            self._parked is None
+            or self._waits
+            or self._runner is None
+            or self._requests is None
+            or self._transport is None
+            or not self._transport.active
+        ):
             return
         (chain, reply), self._parked = self._parked, None
         try:

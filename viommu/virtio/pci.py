@@ -90,6 +90,7 @@ class VirtioPciFunction(PciFunction):
             NOTIFY_MULTIPLIER.to_bytes(4, "little"),
         )
         self._window = ConfigWindow(self)
+        device.plug(self)
         self.add_msix(vectors, MSIX_BAR)
 
     @property
