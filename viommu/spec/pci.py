@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Final
 from viommu.spec._struct import Struct
 
 __all__ = [
+    "AF_CAP",
+    "AF_CAP_FLR",
+    "AF_CTRL",
+    "AF_CTRL_FLR",
     "BAR_ADDRESS",
+    "BAR_IO",
     "BAR_MEM_64",
     "BAR_PREFETCH",
+    "BAR_TYPE",
     "BASE_ADDRESS_0",
     "CACHE_LINE_SIZE",
     "CAPABILITY_LIST",
+    "CAP_ID_AF",
     "CAP_ID_EXPRESS",
     "CAP_ID_MSI",
     "CAP_ID_MSIX",
@@ -28,6 +35,7 @@ __all__ = [
     "CLASS_PROG",
     "COMMAND",
     "COMMAND_INTX_DISABLE",
+    "COMMAND_IO",
     "COMMAND_MASTER",
     "COMMAND_MEMORY",
     "COMMAND_PARITY",
@@ -35,6 +43,7 @@ __all__ = [
     "CONFIG_SPACE_SIZE",
     "DEVICE_ID",
     "EXPRESS",
+    "EXP_DEVCAP",
     "EXP_DEVCAP_FLR",
     "EXP_DEVCAP_RBER",
     "EXP_DEVCTL",
@@ -59,8 +68,12 @@ __all__ = [
     "MSIX",
     "MSIX_CTRL_ENABLE",
     "MSIX_CTRL_MASK_ALL",
+    "MSIX_CTRL_TABLE_SIZE",
     "MSIX_ENTRY_SIZE",
     "MSIX_MAX_VECTORS",
+    "MSIX_PENDING",
+    "MSIX_PLACE_BAR",
+    "MSIX_TABLE",
     "MSI_CTRL_64BIT",
     "MSI_CTRL_ENABLE",
     "MSI_CTRL_MULTIPLE_ENABLE",
@@ -169,6 +182,7 @@ INTERRUPT_PIN: Final = 0x3D
 
 HEADER_TYPE_NORMAL: Final = 0
 
+COMMAND_IO: Final = 1 << 0
 COMMAND_MEMORY: Final = 1 << 1
 COMMAND_MASTER: Final = 1 << 2
 COMMAND_PARITY: Final = 1 << 6
@@ -178,6 +192,8 @@ COMMAND_INTX_DISABLE: Final = 1 << 10
 STATUS_CAP_LIST: Final = 1 << 4
 STATUS_ERRORS: Final = 0xF900  # write one to clear
 
+BAR_IO: Final = 0x1
+BAR_TYPE: Final = 0x6
 BAR_MEM_64: Final = 0x4
 BAR_PREFETCH: Final = 0x8
 BAR_ADDRESS: Final = 0xFFFFFFF0
@@ -187,6 +203,7 @@ CAP_ID_MSI: Final = 0x05
 CAP_ID_VENDOR: Final = 0x09
 CAP_ID_EXPRESS: Final = 0x10
 CAP_ID_MSIX: Final = 0x11
+CAP_ID_AF: Final = 0x13
 
 
 class PmCap(Struct):
@@ -265,6 +282,7 @@ class ExpressCap(Struct):
 EXPRESS: Final = struct.Struct("<HIHHIHH16xIHHIHH8x")  # ExpressCap after its header
 EXP_VERSION: Final = 2
 EXP_TYPE_ENDPOINT: Final = 0x0
+EXP_DEVCAP: Final = 0x04
 EXP_DEVCTL: Final = 0x08
 EXP_DEVSTA: Final = 0x0A
 EXP_LNKCTL: Final = 0x10
@@ -352,3 +370,13 @@ MSIX_ENTRY_SIZE: Final = 16
 MSIX_MAX_VECTORS: Final = 2048
 MSIX_CTRL_MASK_ALL: Final = 1 << 14
 MSIX_CTRL_ENABLE: Final = 1 << 15
+MSIX_CTRL_TABLE_SIZE: Final = 0x07FF  # number of entries minus one
+MSIX_TABLE: Final = 4
+MSIX_PENDING: Final = 8
+MSIX_PLACE_BAR: Final = 0x7  # the rest of MSIX_TABLE and MSIX_PENDING is an offset in that BAR
+
+# "Advanced features" of conventional PCI (ECN of 2006), here to be reset.
+AF_CAP: Final = 3
+AF_CAP_FLR: Final = 1 << 1
+AF_CTRL: Final = 4
+AF_CTRL_FLR: Final = 1 << 0
