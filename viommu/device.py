@@ -230,19 +230,21 @@ class VirtioIommu:
             self.bypass,
         )
 
-    def write_config(self, offset: int, data: bytes) -> None:
+    def write_config(self, offset: int, data: bytes) -> list[Event]:
         """Take a write of the driver to the configuration; only ``bypass`` can be written.
 
         A value other than 0 and 1 is ignored, so that the field never shows one.
-        Clients whose exports this revokes are told, but a register write has no
-        reply that could wait for them.
+
+        Returns the resolution events of exports that this revoked. A register write
+        has no reply that could wait for them: the next request should not be taken
+        before they fire, so that at least its reply says that memory is free.
         """
         at = _CONFIG_BYPASS - offset
         if not 0 <= at < len(data) or not self.features >> Feature.BYPASS_CONFIG & 1:
-            return
+            return []
         if data[at] > 1 or data[at] == self.bypass:
-            return
-        self._set_bypass(bool(data[at]))
+            return []
+        return self._set_bypass(bool(data[at]))
 
     # -- resets -------------------------------------------------------------
 

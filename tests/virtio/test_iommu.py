@@ -255,6 +255,43 @@ def test_a_reset_of_a_device_that_was_never_started_waits_too(world: World) -> N
     assert world.bus.resets_done == 1
 
 
+def test_a_request_after_a_change_of_bypass_waits_for_what_it_revoked(world: World) -> None:
+    """Else the reply to an ATTACH would say that memory is free which is still in use."""
+    world.device.write_config(36, b"\1")
+    world.hold()
+    world.device.write_config(36, b"\0")
+    world.submit(spec.ATTACH.pack(RequestType.ATTACH, 1, ENDPOINT, 0, 0))
+    world.device.notify(spec.REQUEST_QUEUE)
+    assert world.device.waiting == 1
+    assert world.statuses() == []
+
+    world.mapper.release(0, 8)
+    world.loop.turn(0)
+    assert world.device.waiting == 0
+    assert world.statuses() == [Status.OK]
+
+
+def test_a_change_of_bypass_does_not_answer_what_is_parked(world: World) -> None:
+    world.map_page()
+    world.hold()
+    world.submit(UNMAP)
+    world.device.notify(spec.REQUEST_QUEUE)
+    other = BasicMemoryMapper()
+    world.iommu.add_endpoint(ENDPOINT + 1, other)
+    world.device.write_config(36, b"\1")
+    with other.start_export_session():
+        other.export(0, 8)
+        world.device.write_config(36, b"\0")
+        assert world.device.waiting == 2
+        world.mapper.release(0, 8)
+        world.loop.turn(0)
+        assert world.statuses() == []
+        other.release(0, 8)
+    world.loop.turn(0)
+
+    assert world.statuses() == [Status.OK]
+
+
 def test_nothing_is_written_for_a_parked_request_while_the_bus_is_off(world: World) -> None:
     world.map_page()
     world.hold()

@@ -35,8 +35,9 @@ _MAX_REQUEST: Final = 128
 class VirtioIommuDevice(VirtioDevice):
     """Puts a :class:`~viommu.device.VirtioIommu` behind a virtio transport.
 
-    The request queue is run until it is empty or a request is parked; then no
-    further request is taken until the exports that it revoked are released.
+    The request queue is run until it is empty or a request is parked; then, and after
+    a change of ``bypass``, no further request is taken until the exports that were
+    revoked are released.
     ``loop`` does that waiting, and everything else goes on meanwhile.
 
     ``on_idle_kick`` is called, with the address of the available ring, when the
@@ -83,8 +84,10 @@ class VirtioIommuDevice(VirtioDevice):
         return self.iommu.config_bytes()[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Let the driver change ``bypass``."""
-        self.iommu.write_config(offset, data)
+        """Let the driver change ``bypass``; what this revokes holds up the next request."""
+        revoked = self.iommu.write_config(offset, data)
+        if revoked:
+            self._wait_for([*self._waits, *revoked])
 
     def start(
         self, transport: Transport, features: int, queues: Sequence[SplitQueue | None]
@@ -131,7 +134,7 @@ class VirtioIommuDevice(VirtioDevice):
     def _serve(self) -> None:
         """Run the request queue; what a busy driver adds meanwhile comes in a later turn."""
         self._scheduled = False
-        if self._runner is None:
+        if self._runner is None or self._waits:
             return
         if self._runner.serve() and not self._scheduled:
             self._scheduled = True
@@ -177,6 +180,7 @@ class VirtioIommuDevice(VirtioDevice):
                 self._transport.reset_done()
         else:
             self._answer_parked()
+            self._serve()
 
     def _answer_parked(self) -> None:
         """Answer the parked request, if it has waited long enough and the bus is ours."""
@@ -196,7 +200,6 @@ class VirtioIommuDevice(VirtioDevice):
         except (GuestMemoryError, TranslationFault):
             used = 0
         self._runner.resume(chain, used)
-        self._serve()
 
     # -- faults --
 
