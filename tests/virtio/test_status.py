@@ -77,6 +77,14 @@ def test_the_status_stays_until_the_reset_has_finished() -> None:
     assert status.state is State.RESET
 
 
+def test_a_reset_shows_until_it_has_finished_even_if_there_was_nothing_to_reset() -> None:
+    status = walk(Event.START_RESET)
+    assert status.byte != 0
+    assert not status.byte & (FEATURES | OK)
+    assert status.feed(Event.FINISH_RESET)
+    assert status.byte == 0
+
+
 @pytest.mark.parametrize(
     ("written", "byte", "events"),
     [
@@ -101,7 +109,7 @@ def test_the_byte_never_contradicts_the_state(events: list[Event]) -> None:
     status = DeviceStatus()
     for event in events:
         status.feed(event)
-        assert (status.byte == 0) <= (status.state in {State.RESET, State.RESETTING})
+        assert (status.byte == 0) == (status.state is State.RESET)
         if status.state is State.RUNNING:
             assert status.byte & (FEATURES | OK | FAILED | BROKEN) == FEATURES | OK
         assert bool(status.byte & FAILED) <= (status.state in {State.FAILED, State.RESETTING})

@@ -123,7 +123,10 @@ class DeviceStatus:
             return False
         self.state = following
         self._byte |= _BITS.get(event, 0)
-        if following is State.RESET:
+        if following is State.RESETTING:
+            # A driver that resets a device that shows nothing waits for it all the same.
+            self._byte = self._byte or spec.STATUS_DEVICE_NEEDS_RESET
+        elif following is State.RESET:
             self._byte = 0
         return True
 
