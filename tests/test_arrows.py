@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "vfio_user": GROUND | WAITING | {"memory"},
     "pci": GROUND | WAITING | {"memory", "vfio_user"},
     "virtio": GROUND | WAITING | DEVICE | {"memory", "pci", "vfio_user"},
-    "endpoints": GROUND | WAITING | MAPPING | SERVING | {"memory"},
+    "endpoints": GROUND | WAITING | MAPPING | SERVING | {"domain", "memory"},
     # What a VMM must be told is bytes and strings.
     "vmm": GROUND,
     # The whole machine, and what looks at it.
@@ -52,8 +52,9 @@ ROOMS: dict[str, set[str]] = {
     "control": GROUND | WAITING,
     "cli": GROUND | WAITING | SERVING | {"control", "endpoints", "machine", "memory", "vmm"},
 }
-# Backends stand behind `mapper` and see what a domain tells them, never the device.
-BACKENDS = GROUND | WAITING | MAPPING | {"domain", "memory", "vfio_user"}
+# Backends stand behind `mapper` and see what a domain tells them, never the device. What
+# of them is an endpoint, is one as `endpoints` says, and serves itself.
+BACKENDS = GROUND | WAITING | MAPPING | {"domain", "endpoints", "memory", "vfio_user"}
 # Shipped for tests (ours and other people's) and for the demonstration: may import
 # anything, and only these modules may import it.
 TESTING_USERS = {"viommu.cli.demo"}

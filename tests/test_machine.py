@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.endpoints import host_kind
 from viommu.device import IommuConfig
-from viommu.errors import UsageError
+from viommu.endpoints import registry
+from viommu.errors import BackendError, UsageError
 from viommu.loop import Loop
 from viommu.machine import Machine, MachineOptions
 from viommu.vmm import Bdf
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 IOMMU = Bdf.parse("00:05.0")
 EDU = Bdf.parse("00:06.0")
 BLK = Bdf.parse("00:07.0")
+DEV = Bdf.parse("00:08.0")
 
 
 @pytest.fixture
@@ -145,4 +149,119 @@ def test_every_choice_is_said(loop: Loop, tmp_path: Path) -> None:
     said = {name for name, _ in machine.choices()}
 
     assert {"backend", "guest memory", "ring", "polling", "limits", "page sizes"} <= said
+    machine.close()
+
+
+# -- devices of the host
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened to devices of the kind ``dev``, which another package offers."""
+
+    def entries(*, group: str) -> list[EntryPoint]:
+        return [EntryPoint("dev", "tests.endpoints.host_kind:KIND", group)]
+
+    monkeypatch.setattr(registry, "entry_points", entries)
+    host_kind.LOG.clear()
+    host_kind.OPENED.clear()
+    return host_kind.LOG
+
+
+def test_devices_of_the_host_are_opened_once_and_closed_behind_their_servers(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    machine = Machine(
+        loop, options(tmp_path, (EDU, "edu"), (BLK, "dev,bits=39"), (DEV, "dev,bits=40"))
+    )
+    assert log == ["start", "open 00:07.0", "open 00:08.0"]
+    assert sockets(tmp_path) == [f"00:0{n}.0.sock" for n in (5, 6, 7, 8)]
+
+    machine.close()
+
+    assert log[3:] == ["close 00:08.0", "close 00:07.0", "end"]
+    assert machine.regions.regions() == []
+    assert sockets(tmp_path) == []
+
+
+def test_the_guest_is_offered_what_every_host_iommu_can_map(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    machine = Machine(loop, options(tmp_path, (BLK, "dev,bits=39"), (DEV, "dev,bits=40")))
+
+    assert machine.iommu.config.input_range == (0, 1 << 39)
+    said = dict(machine.choices())
+    assert said["input range"] == "[0x0, 0x8000000000), which is all that 00:07.0 reaches"
+    assert said["backend"] == "a host's IOMMU"
+    machine.close()
+
+
+def test_what_nobody_narrows_stays(loop: Loop, tmp_path: Path, log: list[str]) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu"), (DEV, "dev,bits=48")))
+
+    said = dict(machine.choices())
+    assert said["input range"] == "[0x0, 0x1000000000000)"
+    assert said["backend of 00:06.0"] == "in this process (BasicMemoryMapper)"
+    assert said["backend of 00:08.0"] == "a host's IOMMU"
+    machine.close()
+
+
+def test_a_device_that_reaches_nothing_of_what_is_offered_is_refused(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    config = IommuConfig(input_range=(1 << 40, 1 << 48))
+    wanted = MachineOptions(tmp_path, IOMMU, [(DEV, "dev,bits=39")], config)
+
+    with pytest.raises(UsageError, match=r"00:08\.0 reaches \[0x0, 0x8000000000\)"):
+        Machine(loop, wanted)
+
+    assert log[-2:] == ["close 00:08.0", "end"]
+
+
+def test_a_host_that_refuses_a_device_leaves_nothing_open(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    with pytest.raises(BackendError, match="no such device"):
+        Machine(loop, options(tmp_path, (EDU, "edu"), (BLK, "dev,bits=39"), (DEV, "dev,bits=13")))
+
+    assert log == ["start", "open 00:07.0", "open 00:08.0", "close 00:07.0", "end"]
+    assert sockets(tmp_path) == []
+
+
+def test_devices_of_one_group_move_together(loop: Loop, tmp_path: Path, log: list[str]) -> None:
+    machine = Machine(
+        loop, options(tmp_path, (BLK, "dev,bits=39,group=1"), (DEV, "dev,bits=39,group=1"))
+    )
+
+    groups = {endpoint.group for endpoint in machine.iommu.endpoints.values()}
+
+    assert len(groups) == 1
+    machine.close()
+
+
+def test_a_device_that_the_host_takes_back_is_served_no_more(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu"), (DEV, "dev,bits=39")))
+
+    host_kind.OPENED[0].place.withdrawn()
+    host_kind.OPENED[0].place.withdrawn()
+
+    assert sockets(tmp_path) == ["00:05.0.sock", "00:06.0.sock"]
+    assert json.loads(json.dumps(machine.snapshot()))["endpoints"][1]["connected"] is False
+    machine.close()
+
+
+def test_what_devices_of_the_host_reach_is_in_the_snapshot(
+    loop: Loop, tmp_path: Path, log: list[str]
+) -> None:
+    machine = Machine(loop, options(tmp_path, (DEV, "dev,bits=39")))
+
+    memory = json.loads(json.dumps(machine.snapshot()))["memory"]
+
+    assert [region["name"] for region in memory["regions"]] == ["BAR of 00:08.0"]
+    assert memory["targets"] == []
+    machine.close()
+    machine = Machine(loop, options(tmp_path, (EDU, "edu")))
+    assert machine.snapshot()["memory"] is None
     machine.close()

@@ -84,6 +84,61 @@ def test_everything_is_shown() -> None:
     assert "00:07.0 0" in lines
 
 
+def test_a_device_of_the_host_is_shown_with_its_backend() -> None:
+    snapshot = copy.deepcopy(SNAPSHOT)
+    snapshot["endpoints"].append(
+        {
+            "bdf": "00:08.0",
+            "id": 64,
+            "description": "vfio,host=0000:04:00.0",
+            "backend": "VFIO type1",
+            "connected": True,
+            "kind": "bypass",
+            "domain": None,
+            "host": {
+                "address": "0000:04:00.0",
+                "group": 12,
+                "gone": None,
+                "resettable": True,
+                "reset pending": False,
+                "BARs": {"0": 0xFE000000, "2": 0x800000000},
+            },
+            "counters": {"resets": 2},
+        }
+    )
+
+    lines = shown(snapshot)
+
+    assert "00:08.0 0x40 here bypass - - - vfio,host=0000:04:00.0" in lines
+    assert "00:08.0 0000:04:00.0 12 0: 0xfe000000 yes in use VFIO type1" in lines
+    assert "2: 0x800000000" in lines
+    assert "00:06.0 5 -" in lines
+    assert "00:08.0 - 2" in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reset pending": True}, "pending in use"),
+        ({"resettable": False}, "no in use"),
+        ({"gone": "unplugged"}, "yes unplugged"),
+    ],
+)
+def test_what_became_of_a_device_of_the_host_is_said(change: dict[str, Any], said: str) -> None:
+    host = {
+        "address": "0000:04:00.0",
+        "group": 12,
+        "gone": None,
+        "resettable": True,
+        "reset pending": False,
+        "BARs": {},
+    }
+    snapshot = copy.deepcopy(SNAPSHOT)
+    snapshot["endpoints"][0] |= {"host": host | change, "backend": "iommufd"}
+
+    assert f"00:06.0 0000:04:00.0 12 - {said} iommufd" in shown(snapshot)
+
+
 def test_nothing_mapped() -> None:
     snapshot = copy.deepcopy(SNAPSHOT)
     del snapshot["domains"][0]

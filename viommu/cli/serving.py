@@ -21,7 +21,7 @@ from viommu.cli.parameters import (
     parsed,
 )
 from viommu.control import SOCKET_NAME, ControlServer
-from viommu.endpoints.registry import KINDS
+from viommu.endpoints.registry import endpoint_kinds
 from viommu.machine import Machine, MachineOptions
 from viommu.vmm import (
     MEMORY_REMEDY,
@@ -98,7 +98,7 @@ def machine_options(command: _Command) -> _Command:
 def endpoint_help() -> str:
     """Return the kinds of endpoints and their options, for the end of a command's help."""
     lines = ["\b", "Kinds of endpoints:"]
-    for name, kind in KINDS.items():
+    for name, kind in endpoint_kinds().items():
         lines.append(f"  {name}: {kind.help}")
         lines += (f"      {option}=...  {about.help}" for option, about in kind.options.items())
     return "\n".join(lines)

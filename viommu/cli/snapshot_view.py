@@ -40,6 +40,7 @@ def view(snapshot: Mapping[str, Any]) -> Group:
         _iommu(snapshot["iommu"]),
         _domains(snapshot["domains"]),
         _endpoints(snapshot["endpoints"]),
+        _host_devices(snapshot["endpoints"]),
         _counters(snapshot["endpoints"]),
     )
 
@@ -122,8 +123,8 @@ def _endpoints(endpoints: list[Mapping[str, Any]]) -> Table | Text:
             _connected(endpoint["connected"]),
             _kind(endpoint["kind"]),
             "-" if domain is None else str(domain),
-            endpoint["session"],
-            "\n".join(_held(held) for held in endpoint["held"]) or "-",
+            endpoint.get("session", "-"),
+            "\n".join(_held(held) for held in endpoint.get("held", ())) or "-",
             endpoint["description"],
         )
     return table
@@ -132,10 +133,34 @@ def _endpoints(endpoints: list[Mapping[str, Any]]) -> Table | Text:
 def _counters(endpoints: list[Mapping[str, Any]]) -> Table | Text:
     if not endpoints:
         return Text()
-    names = list(endpoints[0]["counters"])
+    # Not every kind of endpoint counts the same.
+    names = list(dict.fromkeys(name for endpoint in endpoints for name in endpoint["counters"]))
     table = _table("Counters", "address", *names, right=tuple(names))
     for endpoint in endpoints:
-        table.add_row(endpoint["bdf"], *(str(endpoint["counters"][name]) for name in names))
+        table.add_row(endpoint["bdf"], *(str(endpoint["counters"].get(n, "-")) for n in names))
+    return table
+
+
+def _host_devices(endpoints: list[Mapping[str, Any]]) -> Table | Text:
+    """Show the endpoints that are devices of the host, if there are any."""
+    devices = [(endpoint, endpoint["host"]) for endpoint in endpoints if "host" in endpoint]
+    if not devices:
+        return Text()
+    table = _table(
+        "Devices of the host", "address", "host", "group", "BARs", "reset", "state", "backend",
+        right=("group",), wrap="backend",
+    )  # fmt: skip
+    for endpoint, host in devices:
+        reset = "pending" if host["reset pending"] else "yes" if host["resettable"] else "no"
+        table.add_row(
+            endpoint["bdf"],
+            host["address"],
+            str(host["group"]),
+            "\n".join(f"{bar}: {address:#x}" for bar, address in host["BARs"].items()) or "-",
+            reset,
+            host["gone"] or "in use",
+            endpoint["backend"],
+        )
     return table
 
 

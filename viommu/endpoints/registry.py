@@ -2,29 +2,44 @@
 
 A description is ``kind[,option=value]...`` as on the command line, such as
 ``blk,path=disk.img,readonly=on``. A comma inside a value is written twice.
-A further kind is one :class:`EndpointKind` in :data:`KINDS`.
+A further kind that is emulated here is one :class:`EndpointKind` in :data:`KINDS`;
+kinds that are devices of the host come from other packages, see
+:mod:`viommu.endpoints.host`.
 """
 
 from __future__ import annotations
 
+import contextlib
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.edu import EduFunction
 from viommu.endpoints.edu_registers import MAX_HOLD_MS
+from viommu.endpoints.host import ENTRY_POINTS, HostKind
 from viommu.errors import UsageError
 from viommu.virtio.pci import VirtioPciFunction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from importlib.metadata import EntryPoint
 
     from viommu.endpoints.dma import EndpointDma
     from viommu.loop import Loop
     from viommu.memory import GuestMemory
     from viommu.pci.function import PciFunction
 
-__all__ = ["KINDS", "EndpointKind", "Option", "Place", "make_endpoint", "parse_endpoint"]
+__all__ = [
+    "KINDS",
+    "EndpointKind",
+    "Option",
+    "Place",
+    "endpoint_kinds",
+    "find_kind",
+    "make_endpoint",
+    "parse_endpoint",
+]
 
 
 class Place(NamedTuple):
@@ -45,11 +60,36 @@ class Option(NamedTuple):
 
 
 class EndpointKind(NamedTuple):
-    """A kind of endpoint. ``make`` gets the parsed options by name, absent ones left out."""
+    """A kind that is emulated here; ``make`` gets the parsed options by name, if given."""
 
     help: str
     options: Mapping[str, Option]
     make: Callable[[Place, Mapping[str, Any]], PciFunction]
+
+
+def find_kind(name: str) -> EndpointKind | HostKind:
+    """Return the kind called ``name``; of other packages only that one is loaded.
+
+    Raises:
+        UsageError: There is none, or it can't be loaded; the message says why.
+    """
+    kind = KINDS.get(name)
+    if kind is not None:
+        return kind
+    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in offered:
+        known = ", ".join(sorted({*KINDS, *offered}))
+        raise UsageError(f"no endpoint is called {name!r}: there are {known}")
+    return _load(offered[name])
+
+
+def endpoint_kinds() -> dict[str, EndpointKind | HostKind]:
+    """Return every kind by name, without those that can't be loaded."""
+    kinds: dict[str, EndpointKind | HostKind] = dict(KINDS)
+    for entry in entry_points(group=ENTRY_POINTS):
+        with contextlib.suppress(UsageError):
+            kinds.setdefault(entry.name, _load(entry))
+    return kinds
 
 
 def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
@@ -59,9 +99,7 @@ def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
         UsageError: The description is wrong; the message says what there is.
     """
     name, *words = _split(description)
-    kind = KINDS.get(name)
-    if kind is None:
-        raise UsageError(f"no endpoint is called {name!r}: there are {', '.join(sorted(KINDS))}")
+    kind = find_kind(name)
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -85,13 +123,26 @@ def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
 def make_endpoint(
     description: str, name: str, memory: GuestMemory, dma: EndpointDma, loop: Loop
 ) -> PciFunction:
-    """Make the endpoint of a description; ``name`` is what messages call it.
+    """Make the emulated endpoint of a description; ``name`` is what messages call it.
 
     Raises:
-        UsageError: The description is wrong, or a file it names can't be used.
+        UsageError: The description is wrong, or a file it names can't be used; or it
+            is of a device of the host, which is opened and not made.
     """
     kind, options = parse_endpoint(description)
+    if kind not in KINDS:
+        raise UsageError(f"{kind} is a device of the host, it can't be emulated")
     return KINDS[kind].make(Place(name, memory, dma, loop), options)
+
+
+def _load(entry: EntryPoint) -> HostKind:
+    try:
+        kind = entry.load()
+    except Exception as error:  # whatever another package does when it is imported
+        raise UsageError(f"{entry.name} ({entry.value}) can't be loaded: {error}") from error
+    if not isinstance(kind, HostKind):
+        raise UsageError(f"{entry.name} ({entry.value}) is {kind!r}, which is no HostKind")
+    return kind
 
 
 def _split(description: str) -> list[str]:
