@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from guest_tests.lab.manifest import Bundle
 
-__all__ = ["bundle_key", "cached_versions", "fetch"]
+__all__ = ["bundle_key", "cached_versions", "fetch", "packages_key"]
 
 _RECORD = "RESOLVED.json"
 _FORMAT = 2  # of the record and the tree
@@ -36,11 +36,10 @@ def fetch(bundles: Sequence[Bundle], *, refresh: bool = False) -> dict[str, Path
         LabError: The archive can't be reached, or doesn't have a package.
     """
     home = cache_directory() / "bundles"
-    home.mkdir(exist_ok=True)
-    with locked(home, "fetch"):
+    with locked(home):
         missing = [b for b in bundles if refresh or not _complete(home / b.name, b)]
         for suites in dict.fromkeys(b.suites for b in missing):
-            with tempfile.TemporaryDirectory(prefix=".apt.", dir=home) as root:
+            with tempfile.TemporaryDirectory(prefix="viommu-apt.") as root:
                 archive = Archive(Path(root), suites)
                 for bundle in (b for b in missing if b.suites == suites):
                     with staged(home / bundle.name) as stage:
@@ -58,6 +57,11 @@ def cached_versions() -> dict[str, str]:
 def bundle_key(tree: Path) -> str:
     """Return a key of the exact contents of ``tree``."""
     return content_key(json.loads((tree / _RECORD).read_text()))
+
+
+def packages_key(tree: Path) -> str:
+    """Return a key of the packages that ``tree`` was made of, whatever was kept of them."""
+    return content_key(json.loads((tree / _RECORD).read_text())["packages"])
 
 
 def _complete(tree: Path, bundle: Bundle) -> bool:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_directory", "content_key", "locked", "staged"]
 
+_UNFINISHED = ".unfinished."
+
 
 def cache_directory() -> Path:
     """Return where the lab keeps what it fetched and built; made when missing.
@@ -34,10 +36,16 @@ def cache_directory() -> Path:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, name: str) -> Iterator[None]:
-    """Let one process at a time work on ``name`` in ``directory``; others wait."""
-    with (directory / f"{name}.lock").open("w") as lock:
+def locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time change ``directory``; others wait.
+
+    What a process that was killed left half done in it is removed.
+    """
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
         yield
 
 
@@ -46,13 +54,13 @@ def staged(target: Path) -> Iterator[Path]:
     """Give a new directory that becomes ``target`` when the block ends well, else vanishes.
 
     It lies beside ``target``, so that the change is one rename. A ``target`` that exists is
-    replaced. The caller holds :func:`locked`.
+    replaced. The caller holds the lock of its parent (:func:`locked`).
     """
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stage = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target.parent))
     try:
         yield stage
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target.parent))
             target.rename(old / target.name)
             stage.rename(target)
             shutil.rmtree(old)

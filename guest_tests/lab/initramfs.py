@@ -40,9 +40,8 @@ def build(kernel: Kernel, userland: Userland) -> Path:
     texts = {str(path): path.read_text() for path in (*_RECIPE, *programs)}
     key = content_key(bundle_key(userland.tree), kernel.key, list(texts.values()))
     home = cache_directory() / "initramfs"
-    home.mkdir(exist_ok=True)
     target = home / key
-    with locked(home, "build"):
+    with locked(home):
         if not target.exists():
             with staged(target) as stage:
                 tree = stage / "tree"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +15,7 @@ from guest_tests.lab import bundles
 from guest_tests.lab.cache import cache_directory, content_key, locked, staged
 from guest_tests.lab.errors import LabError
 from guest_tests.lab.kernels import Kernel
+from guest_tests.lab.leash import leashed
 from guest_tests.lab.manifest import SOURCE_6_1, SOURCE_7_2
 
 if TYPE_CHECKING:
@@ -62,11 +62,10 @@ def build_kernel(name: str = BUILT_KERNEL) -> Kernel:
     """
     recipe = RECIPES[name]
     source = bundles.fetch([recipe.source])[recipe.source.name]
-    key = content_key(bundles.bundle_key(source), recipe.fragment.read_text())
+    key = content_key(bundles.packages_key(source), recipe.fragment.read_text())
     home = cache_directory() / "kernels"
-    home.mkdir(exist_ok=True)
     target = home / key
-    with locked(home, "build"):
+    with locked(home):
         if not target.exists():
             _require_tools(recipe)
             with staged(target) as stage:
@@ -97,19 +96,20 @@ def _compiles(header: str) -> bool:
 
 def _build(recipe: Recipe, source: Path, stage: Path) -> None:
     fragment = recipe.fragment.read_text()
-    with tempfile.TemporaryDirectory(prefix=".kbuild.", dir=stage.parent) as scratch:
-        tree = Path(scratch)
-        log = stage / "build.log"
-        _run(["tar", "-xf", str(source), "--strip-components=1"], tree, log)
-        _run(["make", "tinyconfig"], tree, log)
-        with (tree / ".config").open("a") as configuration:
-            configuration.write(fragment)  # the last word on an option counts
-        _run(["make", "olddefconfig"], tree, log)
-        _check_options(recipe, (tree / ".config").read_text().splitlines())
-        _run(["make", f"-j{os.cpu_count()}", "bzImage"], tree, log)
-        shutil.copyfile(tree / _IMAGE, stage / "bzImage")
-        shutil.copyfile(tree / _RELEASE, stage / "release")
-        shutil.copyfile(tree / ".config", stage / "config")
+    tree = stage / "tree"
+    tree.mkdir()
+    log = stage / "build.log"
+    _run(["tar", "-xf", str(source), "--strip-components=1"], tree, log)
+    _run(["make", "tinyconfig"], tree, log)
+    with (tree / ".config").open("a") as configuration:
+        configuration.write(fragment)  # the last word on an option counts
+    _run(["make", "olddefconfig"], tree, log)
+    _check_options(recipe, (tree / ".config").read_text().splitlines())
+    _run(["make", f"-j{os.cpu_count()}", "bzImage"], tree, log)
+    shutil.copyfile(tree / _IMAGE, stage / "bzImage")
+    shutil.copyfile(tree / _RELEASE, stage / "release")
+    shutil.copyfile(tree / ".config", stage / "config")
+    shutil.rmtree(tree)
 
 
 def _check_options(recipe: Recipe, configuration: list[str]) -> None:
@@ -123,7 +123,7 @@ def _check_options(recipe: Recipe, configuration: list[str]) -> None:
 def _run(command: list[str], tree: Path, log: Path) -> None:
     with log.open("a") as output:
         done = subprocess.run(
-            command,
+            leashed(command),
             cwd=tree,
             stdin=subprocess.DEVNULL,
             stdout=output,

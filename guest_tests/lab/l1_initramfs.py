@@ -28,9 +28,8 @@ def build_l1(kernel: Kernel, userland: Userland) -> Path:
     texts = [path.read_text() for path in _RECIPE]
     key = content_key(bundle_key(userland.tree), kernel.key, texts)
     home = cache_directory() / "initramfs"
-    home.mkdir(exist_ok=True)
     target = home / key
-    with locked(home, "build"):
+    with locked(home):
         if not target.exists():
             with staged(target) as stage:
                 tree = stage / "tree"
