@@ -125,6 +125,10 @@ class Type1Container:
             try:
                 if self._in_container:
                     ask(group, Ioctl.GROUP_UNSET_CONTAINER, 0, f"group {self.group} leaving")
+            except BackendError as error:
+                # The last device of a group takes it along when it is unplugged.
+                if error.errno != errno.EINVAL:
+                    raise
             finally:
                 self._in_container = False
                 os.close(group)
