@@ -40,9 +40,9 @@ class Ram:
 
 
 class Bench:
-    """Devices of the host behind ``backend``, and guest memory; a context manager."""
+    """Guest memory, and devices of the host behind ``backend``; a context manager."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str = "type1") -> None:
         self.regions = RegionManager(reservation=_RESERVATION)
         self.devices: dict[str, VfioDevice] = {}
         self._closing = contextlib.ExitStack()

@@ -12,11 +12,13 @@ __all__ = [
     "EDU",
     "GROUPED_EDU",
     "MACHINES",
+    "MONITOR",
     "MSI_WINDOW",
     "NVME",
     "OTHER_EDU",
     "OTHER_GROUPED_EDU",
     "PLUGGED_EDU",
+    "PLUGGED_EDU_ARGUMENTS",
     "SHARED_MEMORY",
     "SHARED_MEMORY_SIZE",
     "TEST_DEVICE",
@@ -47,3 +49,10 @@ TEST_DEVICE = "00:06.0"  # iommu-testdev: writes a word, and says whether it fau
 NVME = "00:07.0"  # can be reset, has MSI-X
 GROUPED_EDU, OTHER_GROUPED_EDU = "02:01.0", "02:02.0"  # below one conventional bridge
 PLUGGED_EDU = "03:00.0"  # can be unplugged
+PLUGGED_EDU_ARGUMENTS = {
+    "driver": "edu",
+    "id": "plugged",
+    "bus": "hot",
+    "dma_mask": (1 << 64) - 1,
+}
+MONITOR = "00:0a.0"  # a serial port to the QEMU that runs the machine

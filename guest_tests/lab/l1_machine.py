@@ -6,6 +6,7 @@ machine's own, read-only, so that the tests inside run the same code on the same
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ __all__ = ["boot_l1", "l1_arguments", "l1_kernel"]
 
 _MEMORY = "1G"
 _ROOT = Path(__file__).parents[2]
-_HOT_PORT, _BRIDGE_PORT = "hot", "slow"
+_BRIDGE_PORT = "slow"
 _EDU = "edu,dma_mask=0xffffffffffffffff"  # QEMU's default is 28 bits, and clamps in silence
 
 
@@ -41,11 +42,14 @@ def boot_l1(qemu: Qemu, name: str, directory: Path) -> VirtualMachine:
     userland = Userland(fetch([GUEST])[GUEST.name])
     command_line = f'intel_iommu=on l1_root="{_ROOT}" l1_python="{sys.executable}"'
     image = Image(kernel, build_l1(kernel, userland), command_line)
-    return VirtualMachine(qemu, image, l1_arguments(), directory)
+    return VirtualMachine(qemu, image, l1_arguments(directory / "monitor.sock"), directory)
 
 
-def l1_arguments() -> list[str]:
-    """Return QEMU's arguments for the machine and its devices."""
+def l1_arguments(monitor: Path) -> list[str]:
+    """Return QEMU's arguments for the machine and its devices.
+
+    A serial port of the machine leads to QEMU's own monitor, through the socket ``monitor``.
+    """
     arguments = ["-machine", "q35,kernel-irqchip=split", "-m", _MEMORY]
     # The IOMMU comes first: QEMU gives it only to devices that are made after it.
     devices = [f"intel-iommu,intremap=on,aw-bits={layout.APERTURE_BITS}"]
@@ -61,8 +65,13 @@ def l1_arguments() -> list[str]:
     devices += [f"pcie-pci-bridge,id=bridge,bus={_BRIDGE_PORT}"]
     for bdf in (layout.GROUPED_EDU, layout.OTHER_GROUPED_EDU):
         devices += [_at(bdf, _EDU, "bridge")]
-    devices += [f"pcie-root-port,id={_HOT_PORT},chassis=2,slot=2,bus=pcie.0,addr=9.0"]
-    devices += [_at(layout.PLUGGED_EDU, f"{_EDU},id=plugged", _HOT_PORT)]
+    hot_port = layout.PLUGGED_EDU_ARGUMENTS["bus"]
+    devices += [f"pcie-root-port,id={hot_port},chassis=2,slot=2,bus=pcie.0,addr=9.0"]
+    devices += [json.dumps(layout.PLUGGED_EDU_ARGUMENTS)]
+    arguments += ["-chardev", f"socket,id=monitor,path={monitor},server=on,wait=off"]
+    arguments += ["-mon", "chardev=monitor,mode=control"]
+    arguments += ["-chardev", f"socket,id=control,path={monitor}"]
+    devices += [_at(layout.MONITOR, "pci-serial,chardev=control")]
     arguments += ["-fsdev"]
     arguments += ["local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
     devices += ["virtio-9p-pci,fsdev=root,mount_tag=host,bus=pcie.0,addr=1e.0"]

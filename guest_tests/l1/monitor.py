@@ -1,0 +1,105 @@
+"""The monitor of the QEMU that runs this machine: plug and unplug devices from inside.
+
+Source: QEMU's docs/interop/qmp-spec.rst.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+import tty
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from guest_tests.guest import pci
+from guest_tests.l1.layout import MONITOR
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["Monitor"]
+
+_TIMEOUT: Final = 30.0
+_FORGET: Final = b"\xff"  # no part of any JSON: the parser starts anew
+
+
+class Monitor:
+    """A session with QEMU; a context manager."""
+
+    def __init__(self) -> None:
+        (port,) = pci.path(MONITOR).glob("**/tty/ttyS*")
+        self._fd = os.open(Path("/dev") / port.name, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        tty.setraw(self._fd)
+        self._received = b""
+        self._events: list[dict[str, Any]] = []
+        self._commands = 0
+        # The port has echoed the greeting: have it forgotten.
+        os.write(self._fd, _FORGET)
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Carry out a command and return what it returns.
+
+        Raises:
+            AssertionError: QEMU refuses.
+        """
+        self._commands += 1
+        request = {"execute": command, "arguments": arguments, "id": self._commands}
+        os.write(self._fd, json.dumps(request).encode())
+        deadline = time.monotonic() + _TIMEOUT
+        while True:
+            message = self._next(deadline)
+            if "event" in message:
+                self._events.append(message)
+            elif message.get("id") == self._commands:
+                assert "return" in message, message
+                return message["return"]
+
+    def wait_for(self, event: str, **data: Any) -> None:
+        """Wait for ``event`` with at least this ``data``; earlier events are dropped.
+
+        Raises:
+            TimeoutError: It didn't come.
+        """
+        deadline = time.monotonic() + _TIMEOUT
+        while True:
+            message = self._events.pop(0) if self._events else self._next(deadline)
+            if message.get("event") == event and data.items() <= message["data"].items():
+                return
+
+    def close(self) -> None:
+        """End the session."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _next(self, deadline: float) -> dict[str, Any]:
+        """Return the next message; what isn't one is the end of the greeting."""
+        while True:
+            line, newline, rest = self._received.partition(b"\n")
+            if not newline:
+                self._receive(deadline)
+                continue
+            self._received = rest
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(message, dict):
+                return message
+
+    def _receive(self, deadline: float) -> None:
+        if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError(f"QEMU said nothing more than {self._received!r}")
+        self._received += os.read(self._fd, 65536)
