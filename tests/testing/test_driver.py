@@ -101,12 +101,11 @@ def test_a_reset_that_does_not_end_is_given_up(ram: GuestRam) -> None:
                 driver.reset()
 
 
-def test_refused_features_are_told(ram: GuestRam) -> None:
-    device = EchoDevice()
-    device.finish_resets = False  # and until then a device accepts nothing
-
+def test_refused_features_are_told(ram: GuestRam, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(loop: Loop) -> VirtioPciFunction:
-        return VirtioPciFunction("refusing", GuestMemory(), device)
+        function = VirtioPciFunction("refusing", GuestMemory(), EchoDevice())
+        monkeypatch.setattr(function.common, "refusal", lambda: "it is in a bad mood")
+        return function
 
     with connected(make) as client:
         ram.give(client)
