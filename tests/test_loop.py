@@ -107,6 +107,41 @@ def test_what_a_poll_said_of_an_fd_does_not_hold_for_the_next_one_with_its_numbe
         event.close()
 
 
+def test_who_was_kept_waiting_by_the_turn_before_is_known() -> None:
+    clock = Clock()
+    loop = Loop(clock)
+    since: list[float] = []
+
+    def busy() -> None:
+        slow.clear()
+        clock.now += 6
+        waiting.signal()
+
+    with Event() as slow, Event() as waiting:
+        loop.on_readable(slow, busy)
+        loop.on_readable(waiting, lambda: since.append(loop.ready_since))
+        slow.signal()
+        loop.turn(0)
+        assert since == []
+        loop.turn(0)
+        loop.turn(0)
+        loop.forget(slow)
+        loop.forget(waiting)
+    loop.close()
+
+    assert since == [100.0, 106.0]
+
+
+def test_what_a_poll_had_to_wait_for_has_not_been_waiting() -> None:
+    # Made; then the poll begins, has ended, and timers are looked at.
+    times = iter([100.0, 101.0, 150.0, 150.0])
+    loop = Loop(lambda: next(times))
+    loop.turn(0)
+    loop.close()
+
+    assert loop.ready_since == 150.0
+
+
 def test_timers_fire_in_order_and_not_before_their_time() -> None:
     clock = Clock()
     loop = Loop(clock)

@@ -12,7 +12,7 @@ import itertools
 import select
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from viommu.errors import UsageError
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["HasFileno", "Loop", "Timer"]
+
+# A poll that took no longer than this found ready what it found when it began.
+_AT_ONCE: Final = 0.001  # seconds
 
 
 class HasFileno(Protocol):
@@ -59,6 +62,10 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopping = False
+        self._polled = clock()
+        #: Since when, at the earliest, what this turn found ready has been waiting. Long
+        #: before now, and the turn before this one has kept everybody waiting.
+        self.ready_since = self._polled
 
     def on_readable(self, source: HasFileno | int, callback: Callable[[], None] | None) -> None:
         """Call ``callback`` whenever ``source`` is readable; ``None`` stops that.
@@ -103,8 +110,11 @@ class Loop:
         elif self._timers:
             left = max(0.0, self._timers[0][0] - self.clock())
             timeout = left if timeout is None else min(left, timeout)
+        entered = self.clock()
         ready = self._epoll.poll(timeout)
         self._fresh.clear()
+        before, self._polled = self._polled, self.clock()
+        self.ready_since = before if self._polled - entered < _AT_ONCE else self._polled
         for fd, mask in ready:
             if mask & ~select.EPOLLOUT and (reader := self._meant(self._readers, fd)):
                 reader()

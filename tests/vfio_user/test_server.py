@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from viommu.loop import Loop
     from viommu.memory import MappedFiles
+    from viommu.vfio_user.protocol import Message
 
 INFO = spec.DEVICE_INFO.pack(16, 0, 0, 0)
 QEMU = encode_version(0, Capabilities(16, 1 << 20, 65535, 4096, True))
@@ -301,6 +302,85 @@ def test_a_replaced_eventfd_is_the_one_that_rings(peer: Peer, eventfd: Callable[
     assert os.eventfd_read(new) == 1
     with pytest.raises(BlockingIOError):
         os.eventfd_read(old)
+
+
+class Stall:
+    """Keeps the loop from its work for a while, during which a client asks for something."""
+
+    def __init__(self, peer: Peer, clock: Clock) -> None:
+        self.peer = peer
+        self.clock = clock
+
+    def ask(self, seconds: float, command: int, payload: bytes = b"") -> Message:
+        answers: list[Message] = []
+        header = spec.HEADER.pack(7, command, spec.HEADER_SIZE + len(payload), 0, 0)
+
+        def busy() -> None:
+            self.peer.socket.send(header + payload)
+            self.clock.now += seconds
+
+        self.peer.loop.call_soon(busy)
+        self.peer.turn()
+        while (message := self.peer.receive()) is not None:
+            answers.append(message)
+        (answer,) = answers
+        assert answer.id == 7
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("command", "payload"),
+    [
+        (Command.REGION_READ, access(0, BAR, 4)),
+        (Command.REGION_WRITE, access(0, BAR, 4, b"data")),
+        (Command.DEVICE_GET_INFO, INFO),
+        (Command.DMA_UNMAP, spec.DMA_UNMAP.pack(24, spec.DMA_UNMAP_F_ALL, 0, 0)),
+    ],
+)
+def test_a_reply_that_qemu_no_longer_waits_for_is_only_a_header(
+    connect: Callable[[], Peer], clock: Clock, server: Server, command: int, payload: bytes
+) -> None:
+    """QEMU forgets a request after 5 s, and then takes the payload of the reply for a header."""
+    peer = connect()
+    peer.ok(Command.VERSION, QEMU)
+    stall = Stall(peer, clock)
+
+    answer = stall.ask(6, command, payload)
+    assert (answer.flags, answer.error) == (spec.F_TYPE_REPLY | spec.F_ERROR, errno.ETIMEDOUT)
+    assert answer.payload == b""
+    assert server.counters.withheld == 1
+
+    answer = stall.ask(4, command, payload)
+    assert answer.flags == spec.F_TYPE_REPLY
+    assert answer.payload != b""
+    assert server.connected
+
+
+def test_a_late_reply_without_payload_is_sent(connect: Callable[[], Peer], clock: Clock) -> None:
+    peer = connect()
+    peer.ok(Command.VERSION, QEMU)
+
+    assert Stall(peer, clock).ask(6, Command.DEVICE_RESET).flags == spec.F_TYPE_REPLY
+
+
+def test_a_client_that_waits_for_ever_gets_its_reply(peer: Peer, clock: Clock) -> None:
+    answer = Stall(peer, clock).ask(60, Command.REGION_READ, access(0, BAR, 4))
+
+    assert answer.payload == access(0, BAR, 4, bytes(4))
+
+
+def test_a_device_that_takes_too_long_itself_is_late(
+    connect: Callable[[], Peer], clock: Clock, bank: RegisterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(index: int, offset: int, data: bytes) -> None:
+        clock.now += 5
+
+    peer = connect()
+    peer.ok(Command.VERSION, QEMU)
+    monkeypatch.setattr(bank, "region_write", slow)
+
+    assert peer.refused(Command.REGION_WRITE, access(0, BAR, 4, b"data")) == errno.ETIMEDOUT
+    peer.ok(Command.REGION_READ, access(0, BAR, 4))
 
 
 def test_limits_are_configuration(

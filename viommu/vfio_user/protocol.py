@@ -202,6 +202,19 @@ class Capabilities:
         No capability says so. QEMU serves them and sends ``max_dma_maps`` and
         ``pgsizes``; Cloud Hypervisor doesn't, and sends neither.
         """
+        return self._is_qemu
+
+    @property
+    def forgets(self) -> bool:
+        """Return whether this client forgets a request that is not answered in time.
+
+        QEMU does: a late reply with a payload breaks the stream, one without is only
+        logged. Cloud Hypervisor waits for ever, and doesn't understand an error.
+        """
+        return self._is_qemu
+
+    @property
+    def _is_qemu(self) -> bool:
         return self.max_dma_maps is not None and self.pgsizes is not None
 
     def encode(self) -> bytes:

@@ -164,9 +164,15 @@ class Server:
                 if message is None:
                     return
                 answer = session.handle(message)
+                if answer is not None and self._late():
+                    answer = session.withhold(message, answer)
             if answer is not None:
                 self._answer(connection, answer)
             self._ask()
+
+    def _late(self) -> bool:
+        """Whether what is handled now may have waited longer than a client does."""
+        return self._loop.clock() - self._loop.ready_since > self._limits.reply_time
 
     def _answer(self, connection: Connection, answer: Answer) -> None:
         if answer.data:

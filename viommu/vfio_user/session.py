@@ -63,6 +63,8 @@ class ServerLimits:
     max_dma_size: int = 8 << 40
     #: A client that has not said which version it speaks by then is dropped.
     negotiation_time: float = 10.0
+    #: After that long a client may have forgotten what it asked; QEMU does after 5 s.
+    reply_time: float = 4.5
     #: How many messages are handled before other sockets get their turn.
     messages_per_turn: int = 64
     #: How many refused messages of one client are logged.
@@ -79,6 +81,8 @@ class SessionCounters:
     dma_maps: int = 0
     dma_unmaps: int = 0
     resets: int = 0
+    #: Replies that came too late to be sent as they are.
+    withheld: int = 0
     internal_errors: int = 0
 
 
@@ -122,6 +126,7 @@ class Session:
         self._peer = peer
         self._refuse = refuse
         self._refusals = 0
+        self._was_late = False
         self._regions: list[RegionInfo] = []
         self._irqs: list[IrqInfo] = []
         self._lines = IrqLines(())
@@ -175,6 +180,21 @@ class Session:
         self._counters.messages += 1
         data = error_reply(message, self._refused(message, error))
         return Answer(b"" if message.no_reply else data, hang_up=error.lost or not self.ready)
+
+    def withhold(self, message: Message, answer: Answer) -> Answer:
+        """Return what to send instead of an answer that comes too late.
+
+        A client that has forgotten its request would take the payload for the next
+        message. It ignores a header, and one that still waits learns of a failure.
+        """
+        if not self.capabilities.forgets or len(answer.data) <= spec.HEADER_SIZE:
+            return answer
+        self._counters.withheld += 1
+        if not self._was_late:
+            self._was_late = True
+            name, limit = self._device.name, self._limits.reply_time
+            _LOG.warning("%s: a reply took more than %s s and was withheld", name, limit)
+        return Answer(error_reply(message, errno.ETIMEDOUT), hang_up=answer.hang_up)
 
     def suspect_memory(self, gpa: int | None = None) -> None:
         """Have guest memory (the page at ``gpa``) compared with what the client sees."""
