@@ -1,0 +1,134 @@
+"""The BARs of a host device: which parts can be mapped, and where they are in guest memory.
+
+A BAR that the guest has placed is a region of guest memory, so other devices
+reach it: peer-to-peer DMA. Ranges are half-open.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from viommu.errors import BackendError, PeerError
+from viommu.memory.dma_target import AddressRange, MemoryKind
+from viommu.memory.fixed_mapping import page_size
+from viommu.spec import vfio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from viommu.memory.backing import FileBacking
+    from viommu.memory.region import Region
+    from viommu.memory.regions import RegionManager
+    from viommu_backends.passthrough.config import MsixPlace
+    from viommu_backends.vfio_device import HostRegion
+
+__all__ = ["BarRegions", "mappable_areas"]
+
+_log: Final = logging.getLogger(__name__)
+
+
+def mappable_areas(
+    bar: int, region: HostRegion, taken: Iterable[MsixPlace]
+) -> tuple[tuple[int, int], ...]:
+    """Return (offset, size) of the parts of a BAR that may be mapped, whole pages each.
+
+    The pages that hold MSI-X structures, ``taken``, may not, though newer kernels
+    would let them: the VMM has to see what a guest writes there.
+    """
+    if not region.flags & vfio.REGION_INFO_FLAG_MMAP:
+        return ()
+    page = page_size()
+    ranges = [(at, at + size) for at, size in region.areas] or [(0, region.size)]
+    for place in taken:
+        if place.bar == bar:
+            hole = place.start // page * page, -(-place.end // page) * page
+            ranges = [piece for whole in ranges for piece in _without(whole, hole)]
+    pages = [(-(-start // page) * page, end // page * page) for start, end in sorted(ranges)]
+    return tuple((start, end - start) for start, end in pages if start < end)
+
+
+def _without(whole: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:
+    pieces = (whole[0], min(whole[1], hole[0])), (max(whole[0], hole[1]), whole[1])
+    return [(start, end) for start, end in pieces if start < end]
+
+
+class BarRegions:
+    """The placed BARs of one device as regions of ``manager``.
+
+    Args:
+        name: What messages call the device.
+        file: The device's BARs as a file; a use of it is taken for each area in place.
+        host: What the kernel says of each BAR.
+        areas: The mappable parts of each, see :func:`mappable_areas`.
+        manager: Who tells other devices.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        file: FileBacking,
+        host: Sequence[HostRegion],
+        areas: Mapping[int, tuple[tuple[int, int], ...]],
+        manager: RegionManager,
+    ) -> None:
+        self._name = name
+        self._file = file
+        self._host = host
+        self._areas = areas
+        self._manager = manager
+        self._placed: dict[int, Region] = {}
+
+    @property
+    def placed(self) -> dict[int, int]:
+        """The guest physical address of every BAR that others can reach."""
+        return {bar: region.where.start for bar, region in self._placed.items()}
+
+    def keep(self, wanted: Mapping[int, int]) -> None:
+        """Take away every BAR that ``wanted`` has not at the same address.
+
+        A device that can't be made to let go of it is logged: the BAR's file stays
+        open until it does.
+        """
+        for bar, region in list(self._placed.items()):
+            if wanted.get(bar) == region.where.start:
+                continue
+            del self._placed[bar]
+            try:
+                self._manager.remove_region(region)
+            except BackendError as error:
+                _log.error("%s: a device can still reach BAR %d: %s", self._name, bar, error)
+
+    def add(self, wanted: Mapping[int, int]) -> None:
+        """Add the BARs of ``wanted``, by address, that aren't there.
+
+        One that lies across other memory, or in pages that aren't its own, is logged
+        and left out of the reach of other devices; the guest's CPU isn't affected.
+        """
+        for bar, address in wanted.items():
+            if bar in self._placed or not self._areas.get(bar):
+                continue
+            try:
+                self._placed[bar] = self._add(bar, address)
+            except (BackendError, PeerError) as error:
+                _log.warning("%s: no device can reach BAR %d: %s", self._name, bar, error)
+
+    def _add(self, bar: int, address: int) -> Region:
+        host = self._host[bar]
+        where = AddressRange(address, address + host.size)
+        name = f"BAR {bar} of {self._name}"
+        region = self._manager.add_region(name, where, MemoryKind.DEVICE)
+        try:
+            for start, size in self._areas[bar]:
+                self._file.retain()
+                try:
+                    within = AddressRange(start, start + size)
+                    self._manager.add_mapping(region, within, self._file, host.offset + start)
+                except BaseException:
+                    self._file.close()
+                    raise
+            self._manager.enable(region)
+        except BaseException:
+            self._manager.remove_region(region)
+            raise
+        return region
