@@ -68,7 +68,8 @@ class Device:
         self._fd = fd
         self._config = self._region(_CONFIG_REGION)[1]
         size, offset = self._region(0)
-        self._bar = mmap.mmap(fd, size, offset=offset)
+        # A function without BAR 0 can still be moved about: give it something to look at.
+        self._bar = mmap.mmap(fd, size, offset=offset) if size else mmap.mmap(-1, mmap.PAGESIZE)
         # One store or load of its width each: a register must not be touched byte by byte.
         self.registers32 = memoryview(self._bar).cast("I")
         self.registers64 = memoryview(self._bar).cast("Q")

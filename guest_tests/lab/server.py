@@ -28,7 +28,7 @@ class ViommuServer:
     """The real server, in a process of its own; a context manager that ends it.
 
     ``endpoints`` are what ``--endpoint`` takes, by address; ``options`` go to ``viommu serve`` as
-    they are. It dies with the process that started it.
+    they are, and ``memory`` to ``--mem``. It dies with the process that started it.
 
     Raises:
         LabError: It ended before it was ready.
@@ -40,12 +40,12 @@ class ViommuServer:
         iommu: str,
         endpoints: Mapping[str, str],
         *options: str,
-        memory: str = "512M",
+        memory: str | None = "512M",
     ) -> None:
         self.directory = directory
         self._log = directory.with_name(f"{directory.name}.log")
         command = [sys.executable, "-m", "viommu.cli.main", "serve", "--dir", str(directory)]
-        command += ["--mem", memory, "--iommu", iommu, *options]
+        command += ["--iommu", iommu, *options, *(["--mem", memory] if memory else [])]
         for bdf, kind in endpoints.items():
             command += ["--endpoint", f"{bdf}={kind}"]
         with self._log.open("ab") as log:
