@@ -294,6 +294,27 @@ def test_a_broken_queue_needs_a_reset_and_says_so() -> None:
     assert guest.queues[0].has_used()
 
 
+def test_a_driver_that_breaks_its_device_again_and_again_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guest = Guest()
+
+    def break_often() -> int:
+        caplog.clear()
+        for _ in range(30):
+            guest.start()
+            guest.queues[0].write_avail(77)
+            guest.kick(0)
+            assert guest["device_status"] & NEEDS_RESET
+            guest["device_status"] = 0
+        return len(caplog.records)
+
+    assert break_often() == 16
+    assert break_often() == 0
+    guest.function.disconnect()
+    assert break_often() == 16
+
+
 @pytest.mark.parametrize("register", ["queue_desc_lo", "queue_driver_lo", "queue_device_lo"])
 def test_a_misaligned_ring_needs_a_reset(register: str) -> None:
     guest = Guest()

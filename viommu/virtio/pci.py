@@ -34,6 +34,9 @@ STRUCTURES_BAR: Final = 0
 MSIX_BAR: Final = 1
 NOTIFY_MULTIPLIER: Final = 4
 
+# A driver can break its device and reset it in a loop: that must not fill a disk.
+_LOGGED_BREAKS: Final = 16
+
 _PAGE: Final = 4096
 _COMMON: Final = 0 * _PAGE
 _ISR: Final = 1 * _PAGE
@@ -76,6 +79,7 @@ class VirtioPciFunction(PciFunction):
         self._ring_memory: RingMemory = memory if ring_memory is None else ring_memory
         self._queues: list[SplitQueue | None] = []
         self._isr = 0
+        self._breaks_to_log = _LOGGED_BREAKS
         vectors = 1 + len(device.queue_sizes)
         self.common = CommonConfig(name, _offered(device), device.queue_sizes, vectors, self)
         self.add_bar(STRUCTURES_BAR, _BAR_SIZE, _Structures(self))
@@ -120,7 +124,9 @@ class VirtioPciFunction(PciFunction):
     def needs_reset(self, reason: str) -> None:
         """Give up until the driver resets the device (2.1.2)."""
         if self.common.status.feed(Event.BREAK):
-            _log.warning("%s needs a reset: %s", self.name, reason)
+            if self._breaks_to_log:
+                self._breaks_to_log -= 1
+                _log.warning("%s needs a reset: %s", self.name, reason)
             self.reset_reason = reason
             self._update_active()
             self._notify_config()
@@ -164,6 +170,8 @@ class VirtioPciFunction(PciFunction):
 
     def on_reset(self, kind: ResetKind) -> None:
         """Reset the device with its function."""
+        if kind is ResetKind.DISCONNECT:
+            self._breaks_to_log = _LOGGED_BREAKS
         self.common.status.feed(Event.START_RESET)
         self._reset_device(kind)
 
