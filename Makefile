@@ -54,7 +54,7 @@ test-guests: $(TEST_READY)
 ## test-guests-slow   the lane that builds kernels of its own
 .PHONY: test-guests-slow
 test-guests-slow: $(TEST_READY)
-	$(BIN)/python -m guest_tests.lab build-kernel
+	$(BIN)/python -m guest_tests.lab build-kernels
 	$(BIN)/python -m pytest guest_tests -m slow -o faulthandler_timeout=$(GUEST_TIMEOUT)
 
 ## test-all-pythons   test-unit, then the same on every other supported interpreter that is found

@@ -14,7 +14,7 @@ from guest_tests.lab.bundles import cached_versions, fetch
 from guest_tests.lab.cache import cache_directory
 from guest_tests.lab.errors import GuestCallError, LabError
 from guest_tests.lab.initramfs import build
-from guest_tests.lab.kbuild import BUILT_KERNEL, build_kernel
+from guest_tests.lab.kbuild import BUILT_KERNEL, RECIPES, build_kernel
 from guest_tests.lab.kernels import debian_kernel
 from guest_tests.lab.machine import Image, VirtualMachine
 from guest_tests.lab.manifest import GUEST, KERNELS, QEMU
@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--refresh", action="store_true", help="again, at the newest versions")
     command.set_defaults(command=_fetch)
 
-    command = commands.add_parser("build-kernel", help=f"build Linux {BUILT_KERNEL} from source")
-    command.set_defaults(command=_build_kernel)
+    command = commands.add_parser(
+        "build-kernels", help=f"build Linux {', '.join(RECIPES)} from source"
+    )
+    command.set_defaults(command=_build_kernels)
 
     command = commands.add_parser(
         "run",
@@ -80,9 +82,10 @@ def _fetch(options: argparse.Namespace) -> None:
     print(f"cache: {cache_directory()}")
 
 
-def _build_kernel(options: argparse.Namespace) -> None:
-    kernel = build_kernel()
-    print(f"Linux {kernel.release}: {kernel.image}")
+def _build_kernels(options: argparse.Namespace) -> None:
+    for name in RECIPES:
+        kernel = build_kernel(name)
+        print(f"Linux {kernel.release}: {kernel.image}")
 
 
 def _run(options: argparse.Namespace) -> None:
