@@ -122,7 +122,7 @@ class IntervalMap:
         """Remove the mappings inside ``[start, end)`` and return them, in order.
 
         Gaps are fine. ``None``, and no change, when an edge of the range lies
-        strictly inside a mapping. Runtime complexity: `O(k log(n))`, ``k``
+        strictly inside a mapping. Runtime complexity: `O(log(n) + k)`, ``k``
         mappings removed.
         """
         mappings = self._mappings
@@ -135,8 +135,11 @@ class IntervalMap:
         removed = self.overlapping(start, end)
         if removed and (removed[0].iova < start or removed[-1].iova + removed[-1].size > end):
             return None
+        if removed:
+            # All of them at once: a slice costs far less than as many lookups.
+            first = self._starts.bisect_left(removed[0].iova)
+            del self._starts[first : first + len(removed)]
         for mapping in removed:
-            self._starts.remove(mapping.iova)
             del mappings[mapping.iova]
         return removed
 
