@@ -10,7 +10,6 @@ import platform
 import resource
 import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from viommu.cli.host_checks import Outcome, examine_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from viommu.cli.host_checks import Check
 
@@ -37,11 +37,12 @@ NAMES = [
     "open files",
     "qemu",
     "/dev/kvm",
-    "/dev/vfio/vfio",
-    "/dev/iommu",
+    "IOMMU",
     "driver vfio_pci",
     "driver vfio_iommu_type1",
     "driver iommufd",
+    "backend type1",
+    "backend iommufd",
     "locked memory",
 ]
 
@@ -169,43 +170,22 @@ def test_qemu(tmp_path: Path) -> None:
     assert check("qemu", "/no/such").remedy == "correct the path"
 
 
-def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "kvm"
-    here.touch()
-    assert host_checks._device(str(here), "for this", "do that").outcome is Outcome.OK
-
-    absent = host_checks._device(str(tmp_path / "no"), "for this", "do that")
-    assert (absent.outcome, absent.remedy) == (Outcome.ABSENT, "do that")
-
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    forbidden = host_checks._device(str(here), "for this", "do that")
-    assert forbidden.outcome is Outcome.ABSENT
-    assert "not for user" in forbidden.found
-
-
 @pytest.mark.parametrize(
-    ("listing", "outcome", "remedy"),
+    ("there", "ours", "outcome", "found"),
     [
-        ("modules.builtin", Outcome.OK, ""),
-        ("modules.dep", Outcome.ABSENT, "modprobe no_such_driver"),
-        ("modules.other", Outcome.ABSENT, "use a kernel that comes with it"),
+        (True, True, Outcome.OK, "there; "),
+        (True, False, Outcome.ABSENT, "not for user"),
+        (False, False, Outcome.ABSENT, "not there; "),
     ],
 )
-def test_drivers(
-    listing: str, outcome: Outcome, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kvm(
+    there: bool, ours: bool, outcome: Outcome, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / listing).write_text("kernel/drivers/no-such-driver.ko.xz: kernel/lib/a.ko.xz\n")
+    monkeypatch.setattr(os.path, "exists", lambda _: there)
+    monkeypatch.setattr(os, "access", lambda *_: ours)
 
-    def directory(*parts: str) -> Path:
-        return tmp_path if parts[0] == "/lib/modules" else Path(*parts)
+    kvm = host_checks._kvm()
 
-    monkeypatch.setattr(host_checks, "Path", directory)
-
-    found = host_checks._driver("no_such_driver")
-    assert (found.outcome, found.remedy) == (outcome, remedy)
-
-
-def test_a_driver_that_is_loaded() -> None:
-    module = next(iter(Path("/sys/module").iterdir())).name
-
-    assert host_checks._driver(module).outcome is Outcome.OK
+    assert (kvm.name, kvm.outcome) == ("/dev/kvm", outcome)
+    assert found in kvm.found
+    assert bool(kvm.remedy) is not (outcome is Outcome.OK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -12,9 +11,10 @@ import resource
 import socket
 import sys
 import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
+from viommu.cli.check import Check, Outcome
+from viommu.cli.device_checks import examine_devices
 from viommu.vmm import UnsuitableQemuError, find_qemu, format_size, probe_qemu
 
 if TYPE_CHECKING:
@@ -23,28 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Check", "Outcome", "examine_host"]
 
 _PYTHON: Final = (3, 11)
-_DRIVERS: Final = ("vfio_pci", "vfio_iommu_type1", "iommufd")
 _BUILD: Final = (
     "apt-get install gcc python3-dev (linuxfd is published as source and needs a C compiler "
     "and Python's headers), then pip install viommu"
 )
-
-
-class Outcome(enum.StrEnum):
-    """``missing`` is needed by demo, serve or run; ``absent`` is not."""
-
-    OK = "ok"
-    MISSING = "missing"
-    ABSENT = "absent"
-
-
-class Check(NamedTuple):
-    """One answer: what was looked for, how it turned out, what was found, and what to do."""
-
-    name: str
-    outcome: Outcome
-    found: str
-    remedy: str = ""
 
 
 def examine_host(qemu: str | None = None) -> list[Check]:
@@ -53,8 +35,8 @@ def examine_host(qemu: str | None = None) -> list[Check]:
     checks += (_package(name) for name in ("click", "linuxfd", "rich", "sortedcontainers"))
     checks += (question() for question in _QUESTIONS)
     checks.append(_qemu(qemu))
-    checks += (_device(*device) for device in _DEVICES)
-    checks += (_driver(name) for name in _DRIVERS)
+    checks.append(_kvm())
+    checks += examine_devices()
     checks.append(_memlock())
     return checks
 
@@ -157,8 +139,10 @@ def _qemu(explicit: str | None) -> Check:
     return Check(label, Outcome.OK, f"{found.version_text} with vfio-user-pci, {found.path}")
 
 
-def _device(path: str, purpose: str, remedy: str) -> Check:
+def _kvm() -> Check:
+    path, purpose = "/dev/kvm", "QEMU uses it only with `viommu run --accel kvm`"
     if not os.path.exists(path):  # noqa: PTH110  # no exception where a parent can't be read
+        remedy = "load kvm_intel or kvm_amd; without it guests run emulated"
         return Check(path, Outcome.ABSENT, f"not there; {purpose}", remedy)
     if not os.access(path, os.R_OK | os.W_OK):
         return Check(
@@ -168,31 +152,6 @@ def _device(path: str, purpose: str, remedy: str) -> Check:
             f"give this user read and write access to {path}",
         )
     return Check(path, Outcome.OK, f"there; {purpose}")
-
-
-def _driver(name: str) -> Check:
-    """A driver is loaded, built in, a file that can be loaded, or not there."""
-    label = f"driver {name}"
-    listings = Path("/lib/modules", platform.release())
-    if Path("/sys/module", name).exists() or _lists(listings / "modules.builtin", name):
-        return Check(label, Outcome.OK, "loaded, for real devices, which are not used yet")
-    if _lists(listings / "modules.dep", name):
-        found, remedy = "not loaded", f"modprobe {name}"
-    else:
-        found, remedy = "not loaded, no such module installed", "use a kernel that comes with it"
-    return Check(
-        label, Outcome.ABSENT, f"{found}; for real devices, which are not used yet", remedy
-    )
-
-
-def _lists(listing: Path, module: str) -> bool:
-    """Return whether a file of depmod's names ``module``; dash and underscore are the same."""
-    names = (f"/{spelling}.ko" for spelling in (module, module.replace("_", "-")))
-    try:
-        text = listing.read_text(errors="replace")
-    except OSError:  # containers have no modules directory
-        return False
-    return any(name in text for name in names)
 
 
 def _memlock() -> Check:
@@ -213,23 +172,4 @@ _QUESTIONS: Final[tuple[Callable[[], Check], ...]] = (
     _eventfd,
     _unix_socket,
     _open_files,
-)
-
-# path, what it would be for, how to get it
-_DEVICES: Final = (
-    (
-        "/dev/kvm",
-        "QEMU uses it only with `viommu run --accel kvm`",
-        "load kvm_intel or kvm_amd; without it guests run emulated",
-    ),
-    (
-        "/dev/vfio/vfio",
-        "for real devices, which are not used yet",
-        "modprobe vfio-pci, on a host with an IOMMU",
-    ),
-    (
-        "/dev/iommu",
-        "for real devices, which are not used yet",
-        "modprobe iommufd, on a host with an IOMMU",
-    ),
 )
