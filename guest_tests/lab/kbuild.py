@@ -65,11 +65,12 @@ def build_kernel(name: str = BUILT_KERNEL) -> Kernel:
     key = content_key(bundles.packages_key(source), recipe.fragment.read_text())
     home = cache_directory() / "kernels"
     target = home / key
-    with locked(home):
-        if not target.exists():
-            _require_tools(recipe)
-            with staged(target) as stage:
-                _build(recipe, next(source.glob("usr/src/*.tar.xz")), stage)
+    if not target.exists():  # else no need to wait for one that is being built
+        with locked(home):
+            if not target.exists():
+                _require_tools(recipe)
+                with staged(target) as stage:
+                    _build(recipe, next(source.glob("usr/src/*.tar.xz")), stage)
     release = (target / "release").read_text().strip()
     return Kernel(name, release, target / "bzImage", None, key)
 
