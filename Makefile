@@ -122,21 +122,21 @@ preflight:
 # pip learnt --group (dependency groups) in 25.1; a new environment brings an older one.
 $(VENV)/$(CREATED) $(DOCS_VENV)/$(CREATED): | preflight
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet 'pip>=25.1'
+	$(@D)/bin/python -m pip install -qq 'pip>=25.1'
 	touch $@
 
 $(RUN_READY): $(VENV)/$(CREATED)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install -qq --editable .
 	touch $@
 
 $(TEST_READY): $(VENV)/$(CREATED)
-	$(BIN)/python -m pip install --quiet --editable . --group test
+	$(BIN)/python -m pip install -qq --editable . --group test
 	touch $@ $(RUN_READY)
 
 $(CHECK_READY): $(VENV)/$(CREATED)
-	$(BIN)/python -m pip install --quiet --editable . --group check
+	$(BIN)/python -m pip install -qq --editable . --group check
 	touch $@ $(TEST_READY) $(RUN_READY)
 
 $(DOCS_READY): $(DOCS_VENV)/$(CREATED)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[testing]' --group docs
+	$(DOCS_VENV)/bin/python -m pip install -qq --editable '.[testing]' --group docs
 	touch $@
