@@ -36,7 +36,7 @@ class BarFile(FileBacking):
 
         Raises:
             BackendError: EINVAL, that is not inside one BAR; ENOTTY, a kernel before
-                6.19; ENODEV, the device's memory is off.
+                6.19.
         """
         for index, region in enumerate(self._device.regions[: vfio.PCI_NUM_BARS]):
             if region.offset <= offset and offset + size <= region.offset + region.size:

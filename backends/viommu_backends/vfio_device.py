@@ -119,8 +119,9 @@ class VfioDevice:
         """Return a dma-buf fd for part of a BAR, which is the caller's.
 
         Raises:
-            BackendError: ENOTTY, a kernel before 6.19; ENODEV, no such BAR, or the
-                device's memory is switched off; EINVAL, not pages.
+            BackendError: ENOTTY, a kernel before 6.19; ENODEV, no such BAR; EINVAL,
+                not pages. While the device's memory is switched off it can be had,
+                but not mapped.
         """
         argument = bytearray(
             spec.DMA_BUF.pack(
