@@ -37,7 +37,7 @@ class Monitor:
         self._commands = 0
         # The port has echoed the greeting: have it forgotten.
         os.write(self._fd, _FORGET)
-        self.execute("qmp_capabilities")
+        self._ask("qmp_capabilities")  # refused if an earlier session has done it
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Carry out a command and return what it returns.
@@ -45,17 +45,9 @@ class Monitor:
         Raises:
             AssertionError: QEMU refuses.
         """
-        self._commands += 1
-        request = {"execute": command, "arguments": arguments, "id": self._commands}
-        os.write(self._fd, json.dumps(request).encode())
-        deadline = time.monotonic() + _TIMEOUT
-        while True:
-            message = self._next(deadline)
-            if "event" in message:
-                self._events.append(message)
-            elif message.get("id") == self._commands:
-                assert "return" in message, message
-                return message["return"]
+        answer = self._ask(command, **arguments)
+        assert "return" in answer, answer
+        return answer["return"]
 
     def wait_for(self, event: str, **data: Any) -> None:
         """Wait for ``event`` with at least this ``data``; earlier events are dropped.
@@ -83,6 +75,18 @@ class Monitor:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self._commands += 1
+        request = {"execute": command, "arguments": arguments, "id": self._commands}
+        os.write(self._fd, json.dumps(request).encode())
+        deadline = time.monotonic() + _TIMEOUT
+        while True:
+            message = self._next(deadline)
+            if message.get("id") == self._commands:
+                return message
+            if "event" in message:
+                self._events.append(message)
 
     def _next(self, deadline: float) -> dict[str, Any]:
         """Return the next message; what isn't one is the end of the greeting."""

@@ -339,9 +339,6 @@ def test_a_bar_is_mapped_as_dma_buf_and_revoked_for_good(
     peer = open_cdev(host_device(SHARED_MEMORY), context)
     function = Function(peer, bar=2)
     try:
-        refused(errno.ENODEV, peer.export_dma_buf, 2, 0, PAGE)  # no memory decoded
-        function.enable(master=False)
-        function.bytes[:] = bytes(SHARED_MEMORY_SIZE)
 
         def map_bar(offset: int, size: int) -> None:
             fd = peer.export_dma_buf(2, offset, size)
@@ -350,6 +347,10 @@ def test_a_bar_is_mapped_as_dma_buf_and_revoked_for_good(
             finally:
                 os.close(fd)
 
+        function.enable(memory=False, master=False)
+        refused(errno.ENODEV, map_bar, 0, PAGE)  # it can be exported, but is revoked at once
+        function.enable(master=False)
+        function.bytes[:] = bytes(SHARED_MEMORY_SIZE)
         map_bar(PAGE, 2 * PAGE)
         assert writer.write(IOVA + PAGE)
         assert bytes(function.bytes[2 * PAGE : 2 * PAGE + 4]) == WORD
