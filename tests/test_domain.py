@@ -1,6 +1,7 @@
 """Domains: replay on attach, rollback, several mappers."""
 
 import errno
+from collections.abc import Iterable
 
 import pytest
 
@@ -311,6 +312,63 @@ def test_a_mapper_that_can_not_detach_stays() -> None:
 
     assert caught.value.status == Status.UNSUPP
     assert group.domain is source
+
+
+class Switching(Flaky):
+    """A mapper that can go to another address space in one step, when it is ``able``."""
+
+    def __init__(self, *, able: bool = True) -> None:
+        super().__init__()
+        self.able = able
+        self.switched: list[tuple[list[MappingInfo], list[MemoryMapper]]] = []
+
+    def switch(self, mappings: Iterable[MappingInfo], mates: Iterable[MemoryMapper]) -> bool:
+        if not self.able:
+            return False
+        self.switched.append((list(mappings), list(mates)))
+        super().reset_domain()
+        for mapping in self.switched[-1][0]:
+            super().add_map(mapping)
+        return True
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_group_moves_in_one_step_where_its_host_can(able: bool) -> None:
+    moving, mate = Switching(able=able), Switching()
+    old, new = translating(moving), translating(mate)
+    old.map_range(ONE)
+    new.map_range(TWO)
+    (group,) = old.groups
+
+    assert new.take(group) is None
+
+    assert moving.mappings() == [TWO]
+    assert moving.switched == ([([TWO], [mate])] if able else [])
+    assert (old.groups, new.groups[-1], group.domain) == ([], group, new)
+    new._check()
+
+
+def test_a_group_leaves_bypass_in_one_step_and_enters_it_so() -> None:
+    mapper = Switching()
+    bypass, domain = Domain(DomainKind.BYPASS), translating()
+    group = bypass.add_group(mapper)
+
+    domain.take(group)
+    bypass.take(group)
+
+    assert mapper.switched == [([], []), ([IDENTITY], [])]
+    assert mapper.mappings() == [IDENTITY]
+
+
+def test_to_and_from_being_blocked_there_is_only_one_step_anyway() -> None:
+    mapper = Switching()
+    blocked, domain = Domain(DomainKind.BLOCKED), translating()
+    group = blocked.add_group(mapper)
+
+    domain.take(group)
+    blocked.take(group)
+
+    assert mapper.switched == []
 
 
 def test_bypass_is_the_identity() -> None:

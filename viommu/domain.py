@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viommu.errors import Access, BackendError, GuestError, InternalError, UsageError
 from viommu.iova import ADDRESS_SPACE_END, AddressMap, IntervalMap
-from viommu.mapper import AddMapResult, MappingInfo
+from viommu.mapper import AddMapResult, MappingInfo, SwitchingMapper
 from viommu.spec.virtio_iommu import ReservedKind, Status
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ class Domain:
     def take(self, group: EndpointGroup, *, forced: bool = False) -> Event | None:
         """Move ``group`` here from the domain it is in.
 
-        Its mapper forgets the old domain and gets every mapping of this one. When
+        Where the host can do that in one step, it does. Otherwise the
+        mapper forgets the old domain and gets every mapping of this one. When
         the host refuses one of them the old domain is put back, unless the move is
         ``forced``: then the mapper stays empty and the group in its old domain.
         Returns the resolution event when the client of the mapper held exported
@@ -182,6 +183,9 @@ class Domain:
         old = group.domain
         if old is self and not group.broken:
             return None
+        if not forced and self._switch(group):
+            self._adopt(group)
+            return None
         resolution = None
         if old.holds_mappings or old.shares_space(group) or group.broken:
             if not forced and not group.mapper.supports_detach():
@@ -193,10 +197,7 @@ class Domain:
             if not forced:
                 old.restore(group)
             raise
-        old.groups.remove(group)
-        self.groups.append(group)
-        group.domain = self
-        group.broken = None
+        self._adopt(group)
         return resolution
 
     @property
@@ -291,17 +292,41 @@ class Domain:
             spaces.setdefault(group.mapper.id(), group)
         return list(spaces.values())
 
+    def _adopt(self, group: EndpointGroup) -> None:
+        """List a group whose mapper holds this domain."""
+        group.domain.groups.remove(group)
+        self.groups.append(group)
+        group.domain = self
+        group.broken = None
+
+    def _switch(self, group: EndpointGroup) -> bool:
+        """Have a mapper go from its domain to this one in one step, if it can."""
+        if DomainKind.BLOCKED in {self.kind, group.domain.kind} or group.broken:
+            return False
+        if not isinstance(group.mapper, SwitchingMapper):
+            return False
+        return group.mapper.switch(self._wanted(group), self._mates(group))
+
+    def _wanted(self, group: EndpointGroup) -> Iterable[MappingInfo]:
+        """Return what the mapper of a group here must hold."""
+        return group.identity() if self.kind is DomainKind.BYPASS else self.map
+
+    def _mates(self, group: EndpointGroup) -> list[MemoryMapper]:
+        """Return the mappers here whose address space a group may share."""
+        return [
+            mate.mapper
+            for mate in self.groups
+            if mate is not group and not mate.broken and mate.reserved == group.reserved
+        ]
+
     def _load(self, group: EndpointGroup) -> None:
         """Give an empty mapper this domain's mappings, or leave it empty (or broken)."""
         if self.kind is not DomainKind.BLOCKED and any(
-            group.mapper.join(mate.mapper)
-            for mate in self.groups
-            if mate is not group and not mate.broken and mate.reserved == group.reserved
+            group.mapper.join(mate) for mate in self._mates(group)
         ):
             return
-        wanted = group.identity() if self.kind is DomainKind.BYPASS else self.map
         done: list[MappingInfo] = []
-        for mapping in wanted:
+        for mapping in self._wanted(group):
             try:
                 _add(group.mapper, mapping)
             except (BackendError, GuestError):

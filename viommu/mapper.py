@@ -11,6 +11,8 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from viommu.errors import Access
     from viommu.events import Event
 
@@ -20,6 +22,7 @@ __all__ = [
     "MemRegion",
     "MemoryMapper",
     "RemoveMapResult",
+    "SwitchingMapper",
     "next_mapper_id",
 ]
 
@@ -164,4 +167,21 @@ class MemoryMapper(Protocol):
 
         Raises:
             BackendError: ENOTSUP where this mapper has no host address space.
+        """
+
+
+@runtime_checkable
+class SwitchingMapper(MemoryMapper, Protocol):
+    """A mapper whose devices can go from one address space to another in one step.
+
+    No DMA is blocked in between that both spaces allow, and what the host can't do
+    shows before anything has changed.
+    """
+
+    def switch(self, mappings: Iterable[MappingInfo], mates: Iterable[MemoryMapper]) -> bool:
+        """Leave the address space for the one of a mate, or else for a new one with ``mappings``.
+
+        ``mates`` are mappers of the domain that is entered. False, and no change,
+        where that can't be: the caller empties this mapper and fills it again.
+        Never raises for what the host refuses.
         """

@@ -3,11 +3,12 @@
 The first group of a domain makes an IOAS, is attached to it, and only then maps
 into it: an IOAS without a device accepts anything, and the next ATTACH would have
 to pay for that. A further group joins with one ioctl, and nothing is mapped or
-pinned twice.
+pinned twice. A group that comes from another domain is moved in one step.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,7 @@ from viommu_backends.bar_file import BarFile
 from viommu_backends.host_mapper import HostTarget, NoExports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from viommu.errors import Access
     from viommu.events import Event
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from viommu_backends.vfio_device import VfioDevice
 
 __all__ = ["IommufdMapper"]
+
+_log: Final = logging.getLogger(__name__)
 
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 
@@ -162,11 +165,36 @@ class IommufdMapper(NoExports):
         """Attach to the IOAS of ``other``: one ioctl a device, whatever is mapped."""
         if not isinstance(other, IommufdMapper) or other.context is not self.context:
             return False
-        if self._ioas is not None:
-            raise InternalError("a mapper joins another while it has an address space")
-        ioas = other.enter()
-        self._attach(ioas)
-        self._ioas = ioas.share()
+        if self._ioas is not None and len(self._ioas.host):
+            raise InternalError("a mapper joins another while it has mappings")
+        self._move_to(other.enter().share())
+        return True
+
+    def switch(self, mappings: Iterable[MappingInfo], mates: Iterable[MemoryMapper]) -> bool:
+        """Go from one IOAS to another in one step (REPLACE); see the contract.
+
+        A new one is filled while nothing is attached: what can't be mapped for these
+        devices then makes the attach fail, which keeps the old one, and nobody
+        else will ever be attached to it. Its pages are pinned twice for a moment.
+        """
+        if self._ioas is None:
+            return False
+        try:
+            for mate in mates:
+                if isinstance(mate, IommufdMapper) and mate.context is self.context:
+                    self._move_to(mate.enter().share())
+                    return True
+            ioas = _Ioas(self.context, self._subscribe)
+            try:
+                for mapping in mappings:
+                    ioas.host.add(mapping)
+            except BackendError:
+                ioas.leave()
+                raise
+            self._move_to(ioas)
+        except BackendError as error:
+            _log.info("a domain is not entered in one step: %s", error)
+            return False
         return True
 
     def reset_domain(self) -> Event | None:
@@ -181,23 +209,36 @@ class IommufdMapper(NoExports):
     def enter(self) -> _Ioas:
         """Return the IOAS that the devices are attached to, made now if there is none."""
         if self._ioas is None:
-            ioas = _Ioas(self.context, self._subscribe)
-            try:
-                self._attach(ioas)
-            except BackendError:
-                ioas.leave()
-                raise
-            self._ioas = ioas
+            self._move_to(_Ioas(self.context, self._subscribe))
+        assert self._ioas is not None  # noqa: S101 - mypy does not look into calls
         return self._ioas
 
+    def _move_to(self, ioas: _Ioas) -> None:
+        """Attach every device to ``ioas`` and leave the old one. Takes over a use of it."""
+        try:
+            self._attach(ioas)
+        except BackendError:
+            ioas.leave()
+            raise
+        before, self._ioas = self._ioas, ioas
+        if before is not None:
+            try:
+                before.leave()
+            except BackendError as error:
+                # No device is attached to it: it can do no harm, and ends with the context.
+                _log.warning("an address space that was left stays: %s", error)
+
     def _attach(self, ioas: _Ioas) -> None:
-        """Attach every device, or none."""
+        """Attach every device, in place of what it was attached to, or none."""
         for number, device in enumerate(self.devices):
             try:
                 device.attach(ioas.space.number)
             except BackendError:
                 for earlier in self.devices[:number]:
-                    earlier.detach()
+                    if self._ioas is None:
+                        earlier.detach()
+                    else:
+                        earlier.attach(self._ioas.space.number)
                 raise
 
     def _subscribe(self, ioas: _Ioas) -> DmaRegistration:

@@ -62,6 +62,7 @@ class FakeIommufd:
     def __init__(self, *, files: bool = True) -> None:
         self.spaces: dict[int, _Space] = {}
         self.attached: dict[int, set[FakeDevice]] = {}
+        self.lazy = 0  # how often something was mapped that no device was attached to
         self._files = files
         self._next = 1
 
@@ -81,15 +82,22 @@ class FakeIommufd:
         del self.attached[number]
 
     def map(self, ioas: int, iova: int, va: int, size: int, prot: Access) -> None:
-        assert self.attached[ioas], "mapped before anything was attached"
-        self.spaces[ioas].map(iova, size, va, prot)
+        self._map(ioas, iova, size, va, prot)
 
     def map_file(  # noqa: PLR0917 - the real one's
         self, ioas: int, iova: int, fd: int, start: int, size: int, prot: Access
     ) -> None:
-        assert self.attached[ioas], "mapped before anything was attached"
         assert self._files
-        self.spaces[ioas].map(iova, size, (fd, start), prot)
+        self._map(ioas, iova, size, (fd, start), prot)
+
+    def _map(self, ioas: int, iova: int, size: int, source: object, prot: Access) -> None:
+        """Map, like the kernel, whatever it is while no device is attached."""
+        space = self.spaces[ioas]
+        if self.attached[ioas]:
+            space.map(iova, size, source, prot)
+        else:
+            self.lazy += 1
+            space.entries[iova] = (size, source, prot)
 
     def unmap(self, ioas: int, iova: int, size: int) -> int:
         removed = self.spaces[ioas].unmap(iova, size)
@@ -107,7 +115,7 @@ class FakeDevice:
     def __init__(self, iommufd: FakeIommufd) -> None:
         self._iommufd = iommufd
         self.ioas: int | None = None
-        self.attaches = 0
+        self.attaches = self.detaches = 0
         self.refuse = 0
 
     def attach(self, number: int) -> int:
@@ -115,13 +123,20 @@ class FakeDevice:
             raise BackendError(self.refuse, "attach")
         if number not in self._iommufd.spaces:
             raise BackendError(errno.ENOENT, "attach")
-        self.detach()
+        entries = self._iommufd.spaces[number].entries
+        if any(iova + size > APERTURE for iova, (size, _, _) in entries.items()):
+            raise BackendError(errno.EADDRINUSE, "attach")
+        self._leave()
         self.ioas = number
         self._iommufd.attached[number].add(self)
         self.attaches += 1
         return number
 
     def detach(self) -> None:
+        self.detaches += 1
+        self._leave()
+
+    def _leave(self) -> None:
         if self.ioas is not None:
             self._iommufd.attached[self.ioas].discard(self)
         self.ioas = None

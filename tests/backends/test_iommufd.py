@@ -79,6 +79,7 @@ def test_a_group_is_blocked_until_something_is_mapped(world: World) -> None:
     assert entries(world, mapper) == {0x5000: (0x2000, 0x7000_0010_0000, RW)}
     assert mapper.entries() == [ONE]
     assert mapper.add_map(ONE) is AddMapResult.OVERLAP_FAILURE
+    assert world.kernel.lazy == 0, "an IOAS without a device accepts anything"
 
 
 def test_leaving_destroys_the_ioas_and_the_subscription(world: World) -> None:
@@ -129,6 +130,90 @@ def test_only_one_space_at_a_time(world: World) -> None:
 
     with pytest.raises(InternalError):
         second.join(first)
+
+
+def test_a_mapper_that_mapped_nothing_any_more_joins(world: World) -> None:
+    first, _ = world.mapper()
+    second, (device,) = world.mapper()
+    first.add_map(ONE)
+    second.add_map(ONE)
+    second.remove_map(0, 1 << 32)
+
+    assert second.join(first)
+
+    assert second.mappings() == [ONE]
+    assert device.detaches == 0
+    assert len(world.kernel.spaces) == 1
+
+
+@pytest.mark.parametrize("mates", [0, 1])
+def test_a_switch_is_one_attach_and_no_detach(world: World, mates: int) -> None:
+    mapper, (device,) = world.mapper()
+    mapper.add_map(IDENTITY)
+    mate, _ = world.mapper()
+    mate.add_map(ONE)
+    before = device.attaches
+    others: list[MemoryMapper] = [BasicMemoryMapper(), mate]
+
+    assert mapper.switch([ONE], others[: 2 * mates])
+
+    assert (device.attaches - before, device.detaches) == (1, 0)
+    assert entries(world, mapper) == {0x5000: (0x2000, 0x7000_0010_0000, RW)}
+    assert (mapper.ioas == mate.ioas) is bool(mates)
+    assert len(world.kernel.spaces) == 2 - mates
+    assert len(world.memory.targets) == 2 - mates
+
+
+def test_a_blocked_group_has_nothing_to_switch_from(world: World) -> None:
+    mapper, _ = world.mapper()
+
+    assert not mapper.switch([ONE], [])
+    assert world.kernel.spaces == {}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("join", [False, True])
+def test_a_switch_that_the_host_refuses_changes_nothing(
+    world: World, devices: int, join: bool
+) -> None:
+    mapper, fakes = world.mapper(devices)
+    mapper.add_map(ONE)
+    mate, _ = world.mapper()
+    mate.add_map(ONE)
+    before = mapper.ioas
+    fakes[-1].refuse = errno.EINVAL
+
+    assert not mapper.switch([ONE], [mate] if join else [])
+
+    assert {fake.ioas for fake in fakes} == {before}
+    assert mapper.mappings() == [ONE]
+    assert len(world.kernel.spaces) == 2
+
+
+def test_a_switch_to_what_the_devices_can_not_reach_changes_nothing(world: World) -> None:
+    mapper, (device,) = world.mapper()
+    mapper.add_map(ONE)
+
+    assert not mapper.switch([ONE, MappingInfo(1 << 40, 0, 0x1000, RW)], [])
+
+    assert device.ioas == mapper.ioas
+    assert mapper.mappings() == [ONE]
+    assert len(world.kernel.spaces) == 1
+
+
+def test_memory_that_can_not_be_mapped_ends_a_switch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapper, _ = world.mapper()
+    mapper.add_map(ONE)
+
+    def refuse(*_: object) -> None:
+        raise BackendError(errno.ENOMEM, "map")
+
+    monkeypatch.setattr(world.kernel, "map", refuse)
+
+    assert not mapper.switch([ONE], [])
+    assert len(world.kernel.spaces) == 1
 
 
 def test_mappers_of_two_contexts_do_not_join(world: World) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from viommu.mapper import AddMapResult, RemoveMapResult, next_mapper_id
+from viommu.mapper import AddMapResult, RemoveMapResult, SwitchingMapper, next_mapper_id
 from viommu_backends.host_mapper import NoExports
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from viommu.events import Event
     from viommu.mapper import MappingInfo, MemoryMapper
 
@@ -57,6 +59,15 @@ class GroupMapper(NoExports):
         if not isinstance(other, GroupMapper) or self.inner is None or other.inner is None:
             return False
         return self.inner.join(other.inner)
+
+    def switch(self, mappings: Iterable[MappingInfo], mates: Iterable[MemoryMapper]) -> bool:
+        """Go to another address space in one step, if the host can; see the contract."""
+        if self.inner is None:
+            return True
+        if not isinstance(self.inner, SwitchingMapper):
+            return False
+        inner = [mate.inner for mate in mates if isinstance(mate, GroupMapper) and mate.inner]
+        return self.inner.switch(mappings, inner)
 
     def reset_domain(self) -> Event | None:
         """Unmap everything, or leave what is shared; see the contract."""

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from viommu.basic import BasicMemoryMapper
 from viommu.domain import IDENTITY, Domain, DomainKind
 from viommu.errors import Access
-from viommu.mapper import AddMapResult, MappingInfo, MemoryMapper
+from viommu.mapper import AddMapResult, MappingInfo, MemoryMapper, SwitchingMapper
 from viommu_backends.passthrough.mapper import GroupMapper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ONE = MappingInfo(0x1000, 0x8000, 0x1000, Access.READ)
 
@@ -70,6 +75,26 @@ def test_groups_join_as_what_is_behind_them_does() -> None:
     two.retire()
     assert not one.join(two)
     assert not two.join(one)
+
+
+def test_groups_switch_as_what_is_behind_them_does() -> None:
+    class Switching(BasicMemoryMapper):
+        mates: tuple[MemoryMapper, ...] = ()
+
+        def switch(self, mappings: Iterable[MappingInfo], mates: Iterable[MemoryMapper]) -> bool:
+            self.mates = tuple(mates)
+            return list(mappings) == [ONE]
+
+    inner, mate = Switching(), Switching()
+    mapper, gone = GroupMapper(inner), GroupMapper(Switching())
+    gone.retire()
+
+    assert isinstance(mapper, SwitchingMapper)
+    assert mapper.switch([ONE], [BasicMemoryMapper(), gone, GroupMapper(mate)])
+    assert inner.mates == (mate,)
+    assert not mapper.switch([], [])
+    assert not GroupMapper(BasicMemoryMapper()).switch([ONE], [])
+    assert gone.switch([ONE], [])
 
 
 def test_a_domain_goes_on_without_a_group_that_is_gone() -> None:
