@@ -99,13 +99,16 @@ class VfioDevice:
         """Tell the kernel whom to signal; ``flags`` are ``VFIO_IRQ_SET_*``, -1 is nobody.
 
         Raises:
-            BackendError: The device has no such interrupt, or an fd is no eventfd.
+            BackendError: The device has no such interrupt, or an fd is no eventfd;
+                ENOSPC, the host has fewer vectors to give.
         """
         size = vfio.IRQ_SET.size + 4 * len(fds)
         head = vfio.IRQ_SET.pack(size, flags, index, start, count)
         data = b"".join(fd.to_bytes(4, "little", signed=True) for fd in fds)
         what = f"{self.name}: interrupts {start} to {start + count} of kind {index}"
-        ask(self.fd, Ioctl.DEVICE_SET_IRQS, bytearray(head + data), what)
+        # Not an error to the kernel: it tells how many there would have been.
+        if (available := ask(self.fd, Ioctl.DEVICE_SET_IRQS, bytearray(head + data), what)) > 0:
+            raise BackendError(errno.ENOSPC, f"{what}, the host has {available}")
 
     def reset(self) -> None:
         """Reset the function; its mappings in the IOMMU stay.
