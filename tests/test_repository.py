@@ -29,7 +29,6 @@ TESTED_ELSEWHERE = {
     "viommu.spec.virtio_ring": "layouts: as viommu.spec.pci",
     "viommu.vfio_user.served": "a contract: tests/vfio_user/test_server.py runs it",
     "viommu.virtio.device": "a contract: tests/virtio/test_pci.py runs it",
-    "viommu_backends.bar_file": "one device's memory: tests/backends/passthrough/test_bars.py",
     "viommu_backends.host_mapper": "a base class: test_iommufd.py and test_vfio_type1.py run it",
 }
 
