@@ -9,8 +9,11 @@ from pathlib import Path
 import click
 import pytest
 
+from viommu import errors
 from viommu.cli.exit_codes import EXIT_CODES
 from viommu.cli.main import COMMANDS, cli
+from viommu.endpoints.edu_registers import EXTENSION_START, Register
+from viommu.spec.virtio_iommu import Status
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -98,3 +101,30 @@ def test_every_make_target_that_is_shown_exists(page: str) -> None:
     shown += [c.split()[1] for c in shell_commands(page) if c.startswith("make ")]
 
     assert set(shown) <= set(targets)
+
+
+def test_every_register_of_edu_that_is_ours_is_documented() -> None:
+    rows = re.findall(r"^\| (0x\w+) \| `(\w+)` \|", PAGES["docs/endpoints.md"], re.MULTILINE)
+
+    assert {name: int(offset, 16) for offset, name in rows} == {
+        register.name: register.value for register in Register if register >= EXTENSION_START
+    }
+
+
+def test_every_exception_is_documented() -> None:
+    first_column = re.findall(r"^\| (`\w+`.*?) \|", PAGES["docs/errors.md"], re.MULTILINE)
+    documented = set(re.findall(r"`(\w+)`", " ".join(first_column)))
+    exceptions = {
+        name
+        for name in errors.__all__
+        if isinstance(cls := getattr(errors, name), type) and issubclass(cls, Exception)
+    }
+
+    assert exceptions - {"ViommuError"} <= documented
+
+
+def test_every_status_is_documented() -> None:
+    rows = re.findall(r"^\| `([A-Z]+)` \|", PAGES["docs/errors.md"], re.MULTILINE)
+
+    # The standard's IOERR is for a virtqueue that failed: we never answer with it.
+    assert set(rows) == {status.name for status in Status} - {"IOERR"}
