@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from guest_tests.lab import bundles
@@ -27,6 +28,11 @@ class Kernel(NamedTuple):
     image: Path
     modules: Path | None
     key: str
+
+    def release_at_least(self, major: int, minor: int) -> bool:
+        """Whether it is of that series or a newer one."""
+        found = re.match(r"(\d+)\.(\d+)", self.release)
+        return found is not None and (int(found[1]), int(found[2])) >= (major, minor)
 
 
 def debian_kernel(name: str) -> Kernel:
