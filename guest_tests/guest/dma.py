@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "both_ways",
+    "exhaust",
     "give_back",
     "one_domain",
     "strays",
@@ -26,6 +27,7 @@ __all__ = [
 _PAGE = 4096
 _IOVA = 0x100000
 _UNMAPPED = 0x200000
+_STRIDE = 2 * _PAGE  # keeps mappings apart, so that nobody merges them
 _WORD = 4  # of a stray: QEMU's own device reports each word, and Linux prints ten in five seconds
 
 
@@ -172,6 +174,34 @@ def successive_domains(bdf: str) -> dict[str, Any]:
         _expect("ok", device.write(_UNMAPPED + 2048, 64))
         assert memory[2048:2112] == data
     return {"bdf": bdf, "iova": _IOVA, "log": log}
+
+
+def exhaust(bdf: str, limit: int) -> dict[str, str]:
+    """Map ``limit`` pages and one more, then that one again in the place of another.
+
+    Returns how the device's use of them ended, or why they couldn't be mapped.
+    """
+    memory = Memory(_PAGE)
+
+    def use(number: int) -> str:
+        try:
+            container.map(_IOVA + number * _STRIDE, memory)
+        except OSError as error:
+            return os.strerror(error.errno or 0)
+        return device.write(_IOVA + number * _STRIDE, _WORD)
+
+    with Container(bdf) as container:
+        device = Edu(container.devices[bdf])
+        outcomes = [use(number) for number in range(limit)]
+        one_more = use(limit)
+        if one_more in edu.RESULTS.values():
+            container.unmap(_IOVA + limit * _STRIDE, _PAGE)
+        container.unmap(_IOVA, _PAGE)
+        return {
+            "last allowed": outcomes[-1],
+            "one more": one_more,
+            "after an unmap": use(limit),
+        }
 
 
 def take(bdf: str) -> None:

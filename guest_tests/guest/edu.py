@@ -29,7 +29,7 @@ _TIMES = {"exported": 0x220, "faulted": 0x228, "released": 0x230}
 _IDENTIFICATION = 0x010000ED
 _RUN = 1
 _TO_MEMORY = 2
-_RESULTS = {0: "ok", 1: "translation fault", 2: "bad range", 3: "aborted", 4: "no memory"}
+RESULTS = {0: "ok", 1: "translation fault", 2: "bad range", 3: "aborted", 4: "no memory"}
 UNKNOWN = "not told"  # QEMU's own edu has no such register
 
 
@@ -82,7 +82,7 @@ class Edu:
 
     def result(self) -> str:
         """Return how the last transfer ended."""
-        return _RESULTS.get(self._words[_RESULT // 4], UNKNOWN)
+        return RESULTS.get(self._words[_RESULT // 4], UNKNOWN)
 
     def hold(self, milliseconds: int, policy: int = FINISH) -> None:
         """Let later transfers keep their memory exported for so long."""

@@ -6,8 +6,9 @@ import os
 import re
 import subprocess
 import time
+from pathlib import Path
 
-__all__ = ["kernel_log", "power_off", "reboot", "wait_for_log"]
+__all__ = ["kernel_log", "panic", "power_off", "reboot", "wait_for_log"]
 
 _RECORD = re.compile(r"\d+,(?P<sequence>\d+),\d+,[^;]*;(?P<text>[^\n]*)")
 _RECORD_SIZE = 8192
@@ -48,6 +49,11 @@ def power_off() -> None:
 def reboot() -> None:
     """Restart the machine; the agent doesn't answer this call, but boots again."""
     subprocess.run(["reboot", "-f"], check=True)
+
+
+def panic() -> None:
+    """Crash the kernel; nothing answers this call."""
+    Path("/proc/sysrq-trigger").write_text("c")
 
 
 def _records() -> list[tuple[int, str]]:
