@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Archive", "Package"]
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_SECONDS = 900  # for all of a bundle, over a slow line
 _INDEX_FORMAT = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
 _SETTINGS = re.compile(r"(Acquire::|Dir::Etc::netrc|Dir::Etc::trusted)")
 _INSTALL = re.compile(r"^Inst (?P<name>\S+) (?:\[\S+\] )?\((?P<version>\S+) ", re.MULTILINE)
@@ -70,7 +71,7 @@ class Archive:
 
     def resolve(self, packages: Iterable[str], release: str) -> list[Package]:
         """Return ``packages`` from ``release`` and all they depend on."""
-        plan = self._run("apt-get", "-s", "-t", release, "install", *packages)
+        plan = self._run("apt-get", "install", "-s", "-t", release, *packages)
         return [Package(m["name"], m["version"]) for m in _INSTALL.finditer(plan)]
 
     def download(self, packages: Iterable[Package], into: Path) -> list[Path]:
@@ -80,7 +81,9 @@ class Archive:
 
     def _mirrors(self) -> list[str]:
         """Return the mirrors of the machine's own apt, the most likely first."""
-        targets = self._run("apt-get", "indextargets", "--format", _INDEX_FORMAT).splitlines()
+        # Without that option only what an earlier "apt-get update" has fetched is listed.
+        options = ("--no-release-info", "--format", _INDEX_FORMAT)
+        targets = self._run("apt-get", "indextargets", *options).splitlines()
         fields = [target.split(" ") for target in targets]
         return list(
             dict.fromkeys(
@@ -96,7 +99,7 @@ class Archive:
         lines = [f"deb [arch=amd64{signed}] {mirror} {suite} main\n" for suite in suites]
         (self._root / "sources.list").write_text("".join(lines))
         try:
-            self._run("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
+            self._run("apt-get", "update", "-o", "APT::Update::Error-Mode=any")
         except LabError as error:
             return str(error)
         return ""
@@ -131,16 +134,19 @@ class Archive:
         configuration.write_text("\n".join(lines) + "\n")
 
     def _run(self, *command: str, cwd: Path | None = None) -> str:
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                cwd=cwd,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LabError(f"{' '.join(command[:2])} took more than {_SECONDS} s") from error
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("E:")]
             raise LabError(f"{' '.join(command[:2])} failed: {(errors or [done.stderr])[0]}")
