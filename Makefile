@@ -53,9 +53,13 @@ test-guests: $(TEST_READY)
 
 ## test-guests-slow   the lane that builds kernels of its own
 .PHONY: test-guests-slow
-test-guests-slow: $(TEST_READY)
-	$(BIN)/python -m guest_tests.lab build-kernels
+test-guests-slow: kernels
 	$(BIN)/python -m pytest guest_tests -m slow -o faulthandler_timeout=$(GUEST_TIMEOUT)
+
+## kernels            build what that lane boots; minutes the first time, then from the cache
+.PHONY: kernels
+kernels: $(TEST_READY)
+	$(BIN)/python -m guest_tests.lab build-kernels
 
 ## test-all-pythons   test-unit, then the same on every other supported interpreter that is found
 .PHONY: test-all-pythons
