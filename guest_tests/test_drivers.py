@@ -1,4 +1,4 @@
-"""Drivers that come and go: an endpoint leaves its domain and comes back to one that works."""
+"""Drivers side by side, and drivers that come and go: what they had works when they are back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guest_tests.rig import DISK
+from guest_tests.rig import DISK, EDU
 
 if TYPE_CHECKING:
     from guest_tests.rig import Rig
@@ -18,6 +18,13 @@ def written(guest: Rig) -> dict[str, str]:
     guest.call("disk.make", bdf=DISK, megabytes=16)
     files: dict[str, str] = guest.call("disk.fill", bdf=DISK, files={"a": 100_000, "b": 1 << 20})
     return files
+
+
+def test_two_devices_work_at_the_same_time(guest: Rig, written: dict[str, str]) -> None:
+    files = {f"beside{number}": 2 << 20 for number in range(3)}
+
+    assert guest.call("dma.beside_disk", bdf=EDU, disk_bdf=DISK, files=files) > 0
+    assert set(guest.call("disk.sums", bdf=DISK)) == {*written, *files}
 
 
 def test_the_disk_survives_its_drivers(guest: Rig, written: dict[str, str]) -> None:

@@ -69,6 +69,18 @@ def test_a_guest_reboots(rig: Rig) -> None:
     assert rig.server.snapshot()["pid"] == before
 
 
+def test_the_server_ends_cleanly_after_its_guest(rig: Rig) -> None:
+    rig.call("disk.fill", bdf=DISK, files=FILES)
+    rig.call("dma.both_ways", bdf=EDU)
+    rig.vm.power_off()
+
+    assert rig.vm.process.returncode == 0
+    assert rig.vm.output() == ""
+    assert rig.server.stop() == 0
+    assert rig.server.log() == ""
+    assert not list(rig.server.directory.glob("*")), "it left files behind"
+
+
 def test_qemu_is_killed_and_another_comes(rig: Rig) -> None:
     written = rig.call("disk.fill", bdf=DISK, files=FILES)
     quiet = rig.server.snapshot()["iommu"]["counters"]["requests"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from guest_tests.guest import edu, system
+from guest_tests.guest import disk, edu, system
 from guest_tests.guest.edu import Edu
 from guest_tests.guest.vfio import Container, Memory
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "beside_disk",
     "both_ways",
     "exhaust",
     "give_back",
@@ -53,6 +55,24 @@ def both_ways(bdf: str) -> None:
             expected[start : start + count] = crossed[start : start + count]
             arrived = target[_PAGE : 2 * _PAGE] + target[0:_PAGE]
             assert arrived == expected, f"{count} bytes at {start:#x} didn't arrive as they left"
+
+
+def beside_disk(bdf: str, disk_bdf: str, files: dict[str, int]) -> int:
+    """Copy as :func:`both_ways` while files are written to a disk; return how often.
+
+    Raises:
+        AssertionError: Data went wrong on either side.
+    """
+    written: dict[str, str] = {}
+    writer = threading.Thread(target=lambda: written.update(disk.fill(disk_bdf, files)))
+    writer.start()
+    copies = 0
+    while writer.is_alive() or not copies:
+        both_ways(bdf)
+        copies += 1
+    writer.join()
+    assert written.items() <= disk.sums(disk_bdf).items(), "the disk doesn't have what was written"
+    return copies
 
 
 def strays(bdf: str) -> list[dict[str, Any]]:

@@ -156,6 +156,10 @@ class VirtualMachine:
             return self._console.read_text(errors="replace").replace("\r", "")
         return ""
 
+    def output(self) -> str:
+        """Return what QEMU itself has printed."""
+        return self._output.read_text(errors="replace").strip()
+
     def power_off(self) -> None:
         """Let the guest's kernel switch off; QEMU ends.
 
@@ -185,5 +189,5 @@ class VirtualMachine:
             what = f"{what}: QEMU ended with {status}"
         elif isinstance(error, ChannelRestartedError):
             what = f"{what}: the guest restarted"
-        said = self._output.read_text(errors="replace").strip()
+        said = self.output()
         return LostVMError(f"{what}{': ' if said else ''}{said}", self.console()[-_CONSOLE_TAIL:])
