@@ -69,6 +69,8 @@ class Type1Group:
         self._container = Type1Container(host)
         self._devices: list[VfioDevice] = []
         try:
+            self.ranges = self._container.info.iova_ranges
+            self.reserved = reserved_for_guest(host.reserved_regions(), self.ranges)
             inner = Type1Mapper(self._container)
             self._registration = regions.register(
                 inner, f"type1 container of group {host.group}", inner.needs
@@ -77,8 +79,6 @@ class Type1Group:
             self._container.close()
             raise
         self.mapper = GroupMapper(inner)
-        self.ranges = self._container.info.iova_ranges
-        self.reserved = reserved_for_guest(host.reserved_regions(), self.ranges)
 
     @property
     def empty(self) -> bool:

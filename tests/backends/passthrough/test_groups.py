@@ -141,6 +141,13 @@ def test_a_device_that_can_not_be_opened_leaves_nothing(
     assert group.empty
 
 
+def test_a_group_whose_reserved_regions_are_unknown_is_not_used(rig: Rig) -> None:
+    (rig.host.sysfs / "kernel/iommu_groups/7/reserved_regions").unlink()
+
+    with pytest.raises(BackendError, match="reserved_regions"):
+        rig.group().open(rig.host.device(ONE))
+
+
 def test_a_group_that_is_in_use_is_told_at_once(rig: Rig) -> None:
     rig.host.busy_groups.add(7)
     rig.host.refuse_attach = errno.EBUSY
