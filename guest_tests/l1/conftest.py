@@ -17,6 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register our markers."""
     config.addinivalue_line("markers", "iommufd: needs a machine that has it")
     config.addinivalue_line("markers", "mock: needs a machine with iommufd's mock of an IOMMU")
+    config.addinivalue_line("markers", "bridges: lets devices below a bridge change domains")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,6 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for name, machine in MACHINES.items()
         if ("iommufd" not in marks or "iommufd" in machine.backends)
         and ("mock" not in marks or machine.mock)
+        and ("bridges" not in marks or machine.bridges)
     }
     slow = {name: [pytest.mark.slow] if machine.built else [] for name, machine in machines.items()}
     if "backend" in metafunc.fixturenames:

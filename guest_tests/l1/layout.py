@@ -27,16 +27,23 @@ __all__ = [
 
 
 class Machine(NamedTuple):
-    """A machine by its kernel: our backends that it can run; whether it has to be built first."""
+    """A machine by its kernel, and what that can do.
+
+    ``backends`` are ours that it can run. It has to be ``built`` or comes from Debian. ``mock``:
+    iommufd's own mock of an IOMMU. ``bridges``: devices below a bridge to conventional PCI, which
+    speaks for them, can change domains. (Linux 6.12 makes VT-d forget what it knew of the device
+    and not of the bridge, so that they stay in the first domain that they did DMA in.)
+    """
 
     backends: tuple[str, ...]
     built: bool = False
-    mock: bool = False  # iommufd's own mock of an IOMMU
+    mock: bool = False
+    bridges: bool = False
 
 
 MACHINES = {
     "6.12-l1": Machine(backends=("type1",)),
-    "7.2-l1": Machine(backends=("type1", "iommufd"), built=True, mock=True),
+    "7.2-l1": Machine(backends=("type1", "iommufd"), built=True, mock=True, bridges=True),
 }
 
 APERTURE_BITS = 39  # of the emulated IOMMU's I/O virtual addresses

@@ -319,6 +319,7 @@ def test_another_device_shares_the_space_or_has_its_own(bench: Bench, backend: s
     assert not writer.write(IOVA)
 
 
+@pytest.mark.bridges
 def test_functions_of_one_group_move_together(bench: Bench) -> None:
     ram = bench.add_ram(RAM, PAGE)
     mapper = bench.mapper(GROUPED_EDU, OTHER_GROUPED_EDU)

@@ -293,6 +293,7 @@ def test_one_mapping_reaches_type1_iommufd_and_an_emulated_device() -> None:
         assert results[2] == Result.TRANSLATION_FAULT
 
 
+@pytest.mark.bridges
 def test_devices_of_a_group_move_together(backend: str) -> None:
     endpoints = {FIRST: host(GROUPED_EDU, backend), SECOND: host(OTHER_GROUPED_EDU, backend)}
     with PassthroughGuest(endpoints) as guest:
