@@ -52,7 +52,8 @@ def pytest_runtest_makereport(
     """Show console and server log below a failure; on CI a skipped test is a failure, too."""
     report = yield
     refuse_skip(report)
-    rig = item.funcargs.get("guest") if isinstance(item, pytest.Function) else None
+    arguments = item.funcargs if isinstance(item, pytest.Function) else {}
+    rig = arguments.get("guest", arguments.get("rig"))
     if report.failed and isinstance(rig, Rig):
         report.sections.append(("guest console", rig.vm.console()[-_CONSOLE_TAIL:]))
         report.sections.append(("viommu serve", rig.server.log()[-_CONSOLE_TAIL:]))
@@ -69,6 +70,12 @@ def lab() -> Lab:
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Each kernel in turn."""
     return build_kernel() if request.param == BUILT_KERNEL else debian_kernel(request.param)
+
+
+@pytest.fixture(scope="session")
+def some_kernel() -> Kernel:
+    """One kernel, for what doesn't depend on it."""
+    return debian_kernel(next(iter(KERNELS)))
 
 
 @pytest.fixture(scope="session", params=MODES)

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def machine(lab: Lab, kernel: Kernel, tmp_path: Path) -> Iterator[VirtualMachine]:
+def machine(lab: Lab, some_kernel: Kernel, tmp_path: Path) -> Iterator[VirtualMachine]:
     """A guest without any device under test."""
-    image = Image(kernel, build(kernel, lab.userland))
+    image = Image(some_kernel, build(some_kernel, lab.userland))
     machine = VirtualMachine(lab.qemu, image, ["-machine", "q35", "-m", "512M"], tmp_path)
     try:
         machine.wait_for_boot()

@@ -30,9 +30,9 @@ MEMORY = {
 
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 def test_memory_that_is_not_shared_is_refused_with_the_remedy(
-    lab: Lab, kernel: Kernel, tmp_path: Path, memory: list[str]
+    lab: Lab, some_kernel: Kernel, tmp_path: Path, memory: list[str]
 ) -> None:
-    boot = Image(kernel, build(kernel, lab.userland))
+    boot = Image(some_kernel, build(some_kernel, lab.userland))
     with ViommuServer(tmp_path / "serve", IOMMU, {EDU: "edu"}, memory=None) as server:
         arguments = [*server.qemu_arguments(), "-m", "512M", *memory]
         machine = VirtualMachine(lab.qemu, boot, arguments, tmp_path)
