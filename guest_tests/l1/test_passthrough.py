@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING
@@ -149,7 +150,8 @@ def test_memory_that_the_vmm_takes_back_is_out_of_reach(
 
 
 @pytest.mark.parametrize("way", ["boot", "domain"])
-def test_bypass(backend: str, way: str) -> None:
+def test_bypass(backend: str, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     with PassthroughGuest({FIRST: host(EDU, backend)}, boot_bypass=way == "boot") as guest:
         edu = guest.edu(FIRST)
         source, target = guest.page(b"bypass"), guest.page()
@@ -170,6 +172,7 @@ def test_bypass(backend: str, way: str) -> None:
         edu.write_memory(target + 24, 6)
         landed = guest.ram.memory.read(target + 24, 6) == b"bypass"
         assert landed is (way == "boot")
+    assert "not entered in one step" not in caplog.text
 
 
 # Peer to peer.
