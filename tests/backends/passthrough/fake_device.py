@@ -182,7 +182,7 @@ class FakeVfioDevice:
                 os.close(fd)
 
     def _present(self) -> None:
-        if self.gone:
+        if self.gone or self.fd < 0:
             raise BackendError(errno.EIO, self.name)
 
     def _decoding(self, bar: int) -> None:

@@ -118,6 +118,17 @@ def test_when_the_host_wants_it_back_everything_is_given_up(
     rig.endpoint.mapper.add_map(IDENTITY)
 
 
+def test_a_device_is_stopped_and_out_of_reach_before_it_is_closed(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.place()
+
+    rig.endpoint.close()
+
+    assert rig.device.log[-2:] == ["decode not", "close"]
+    assert caplog.text == ""
+
+
 def test_a_closed_device_is_not_asked_for_again(rig: Rig) -> None:
     event = os.dup(rig.device.eventfds[vfio.PCI_REQ_IRQ_INDEX][0])
 

@@ -205,6 +205,15 @@ def test_sleep_is_as_good_as_no_decoding(rig: Rig) -> None:
     assert rig.reached() == [PLACE]
 
 
+def test_a_device_that_stops_decoding_by_itself_is_taken_at_its_word(rig: Rig) -> None:
+    rig.enable()
+    rig.device._store(pci.COMMAND, b"\0", writable=b"\4")
+
+    rig.command(MEMORY | MASTER)
+
+    assert rig.reached() == []
+
+
 def test_interrupts_are_never_lines(rig: Rig) -> None:
     rig.command(MEMORY)
 

@@ -111,6 +111,14 @@ def test_only_a_kernel_that_must_is_switched_off_and_on(
     assert rig.device.log == ["irqs 2 0+1 1", *(["irqs 2 2+1 1"] if resizable else grown)]
 
 
+def test_what_the_kernel_has_is_replaced_in_place(rig: Rig, eventfd: Callable[[], int]) -> None:
+    rig.assign(MSIX, 0, eventfd(), eventfd(), eventfd())
+    for vector in (0, 2, 1):
+        rig.assign(MSIX, vector, eventfd())
+
+    assert not any(line.endswith("0+0 0") for line in rig.device.log)
+
+
 def test_a_replaced_eventfd_is_not_signalled_any_more(rig: Rig, eventfd: Callable[[], int]) -> None:
     old, new = eventfd(), eventfd()
     rig.assign(MSIX, 0, old)
