@@ -22,6 +22,7 @@ __all__ = ["FakeContainer", "FakeDevice", "FakeIommufd", "Memory"]
 
 PAGE = 0x1000
 APERTURE = 1 << 39
+TYPE1_RANGES: tuple[tuple[int, int], ...] = ((0, 0xFEE00000), (0xFEF00000, APERTURE))
 
 
 class _Space:
@@ -50,7 +51,7 @@ class FakeContainer(_Space):
 
     def __init__(self) -> None:
         super().__init__()
-        self.info = Type1Info(0x40201000, ((0, 0xFEE00000), (0xFEF00000, APERTURE)), 65535)
+        self.info = Type1Info(0x40201000, TYPE1_RANGES, 65535)
 
     def map(self, iova: int, va: int, size: int, prot: Access) -> None:  # type: ignore[override]
         super().map(iova, size, va, prot)

@@ -79,6 +79,19 @@ def test_it_is_what_a_machine_expects(rig: Rig) -> None:
     assert endpoint.function.name == "00:06.0"
 
 
+def test_a_host_that_names_no_ranges_can_map_everything(
+    tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VFIO type1 before Linux 5.4."""
+    host = FakeHost(tmp_path, monkeypatch)
+    host.add(ONE, 7)
+    monkeypatch.setattr("tests.backends.fake_kernel.TYPE1_RANGES", ())
+    rig = Rig(host, loop, "type1")
+
+    assert rig.endpoint.iova_range == (0, 1 << 64)
+    rig.close()
+
+
 def test_what_is_said_of_it(rig: Rig) -> None:
     rig.place()
     rig.endpoint.function.reset()

@@ -148,6 +148,39 @@ def test_a_group_whose_reserved_regions_are_unknown_is_not_used(rig: Rig) -> Non
         rig.group().open(rig.host.device(ONE))
 
 
+def test_a_host_that_refuses_to_let_go_is_left_all_the_same(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is left ends with the process: nobody can do more."""
+    group = rig.group()
+    device = group.open(rig.host.device(ONE))
+    group.mapper.add_map(IDENTITY)
+
+    def refuse(*_: object) -> None:
+        raise BackendError(errno.EBUSY, "not now")
+
+    with monkeypatch.context() as busy:
+        if rig.backend == "type1":
+            busy.setattr(rig.host.containers[0], "unmap", refuse)
+            busy.setattr(rig.host.containers[0], "close", refuse)
+        else:
+            busy.setattr(device, "detach", refuse)
+            device_close = rig.host.opened[ONE].close
+            busy.setattr(device, "close", lambda: None)
+        group.leave(device)
+
+    assert group.empty
+    assert "not now" in caplog.text
+    # Now it may: nothing was forgotten.
+    if rig.backend == "type1":
+        rig.regions.retry()
+        rig.host.containers[0].close()
+    else:
+        device_close()
+        assert isinstance(group, IommufdGroup)
+        group._inner.reset_domain()
+
+
 def test_a_group_that_is_in_use_is_told_at_once(rig: Rig) -> None:
     rig.host.busy_groups.add(7)
     rig.host.refuse_attach = errno.EBUSY
