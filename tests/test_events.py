@@ -1,10 +1,10 @@
-"""Eventfds and timers."""
+"""Eventfds."""
 
 import os
 import select
 from pathlib import Path
 
-from viommu.events import Event, TimerEvent
+from viommu.events import Event
 
 
 def readable(fd: int) -> bool:
@@ -37,17 +37,3 @@ def test_a_closed_event_has_no_fd_and_closes_twice() -> None:
 def test_events_do_not_leak_into_children() -> None:
     with Event() as event:
         assert not os.get_inheritable(event.fileno())
-
-
-def test_a_timer_fires_once_and_can_be_stopped() -> None:
-    timer = TimerEvent()
-    assert not timer.clear()
-    timer.start(0)
-    select.select([timer.fileno()], [], [], 5)
-    assert timer.clear()
-    assert not timer.clear()
-    timer.start(3600)
-    timer.stop()
-    assert not readable(timer.fileno())
-    timer.close()
-    assert timer.fileno() == -1

@@ -1,4 +1,4 @@
-"""Eventfds and timers as objects: the only module that touches linuxfd."""
+"""Eventfds as objects: the only module that touches linuxfd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Self
 
 import linuxfd
 
-__all__ = ["Event", "TimerEvent"]
+__all__ = ["Event"]
 
 
 class Event:
@@ -54,37 +54,3 @@ class Event:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class TimerEvent:
-    """A timerfd on the monotonic clock, readable once ``seconds`` have passed."""
-
-    __slots__ = ("_timer",)
-
-    def __init__(self) -> None:
-        self._timer = linuxfd.timerfd(rtc=False, nonBlocking=True, closeOnExec=True)
-
-    def fileno(self) -> int:
-        """Return the fd, -1 once closed."""
-        fd = self._timer.fileno()
-        return -1 if fd is None else int(fd)
-
-    def start(self, seconds: float) -> None:
-        """Arm the timer once; zero or less fires at once, arming again replaces."""
-        self._timer.settime(max(seconds, 1e-9))
-
-    def stop(self) -> None:
-        """Disarm the timer."""
-        self._timer.settime(0)
-
-    def clear(self) -> bool:
-        """Make the timer unreadable; return whether it had fired."""
-        try:
-            self._timer.read()
-        except BlockingIOError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close the fd."""
-        self._timer.close()
