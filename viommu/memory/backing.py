@@ -12,9 +12,10 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 from viommu.errors import PeerError, UsageError
+from viommu.memory.counted import Counted
 
 __all__ = ["Backing", "FileBacking", "FileKey", "PrivateBacking"]
 
@@ -25,52 +26,11 @@ class FileKey(NamedTuple):
     device: int
     inode: int
 
-
-class _Counted:
-    """Counts uses and frees what they share with the last one."""
-
-    def __init__(self) -> None:
-        self._uses = 1
-
-    @property
-    def uses(self) -> int:
-        """Return how many uses were not given back."""
-        return self._uses
-
-    def retain(self) -> Self:
-        """Take one more use.
-
-        Raises:
-            UsageError: The last use was given back.
-        """
-        if not self._uses:
-            raise UsageError(f"{self} is closed")
-        self._uses += 1
-        return self
-
-    def close(self) -> None:
-        """Give one use back.
-
-        Raises:
-            UsageError: More was given back than taken.
-        """
-        if not self._uses:
-            raise UsageError(f"{self} was closed more often than retained")
-        self._uses -= 1
-        if not self._uses:
-            self._free()
-
-    def _free(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __str__(self) -> str:
+        return f"{self.device:x}:{self.inode}"
 
 
-class FileBacking(_Counted):
+class FileBacking(Counted):
     """A file that can be mapped: memfd, hugetlbfs, a VFIO device with its BARs.
 
     Keeps a duplicate of ``fd``, which stays the caller's. ``writable`` is what
@@ -123,10 +83,10 @@ class FileBacking(_Counted):
         self._fd = -1
 
     def __str__(self) -> str:
-        return f"file {self.key.device:x}:{self.key.inode}"
+        return f"file {self.key}"
 
 
-class PrivateBacking(_Counted):
+class PrivateBacking(Counted):
     """Memory of this process, ``size`` bytes of zeros: nobody else can map it.
 
     It is shared memory without a descriptor, so that it can be mapped at several

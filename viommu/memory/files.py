@@ -12,20 +12,21 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import Final, Self
+from typing import Final
 
-from viommu.errors import PeerError, UsageError
+from viommu.errors import PeerError
 from viommu.memory.backing import FileBacking, FileKey
+from viommu.memory.counted import Counted
 
 __all__ = ["MappedFile", "MappedFiles"]
 
 _MAX_FILES: Final = 256
 
 
-class MappedFile:
+class MappedFile(Counted):
     """A file mapped as a whole; every :meth:`MappedFiles.get` needs one :meth:`close`."""
 
-    __slots__ = ("_files", "_uses", "backing", "key", "view", "writable")
+    __slots__ = ("_files", "backing", "key", "view", "writable")
 
     def __init__(
         self,
@@ -36,8 +37,8 @@ class MappedFile:
         *,
         writable: bool,
     ) -> None:
+        super().__init__()
         self._files = files
-        self._uses = 0
         self.key = key
         #: The file itself, for those who map it elsewhere: they retain it. Replaced
         #: when a descriptor comes that allows writing.
@@ -52,28 +53,14 @@ class MappedFile:
         """Return how many bytes are mapped."""
         return len(self.view)
 
-    def retain(self) -> Self:
-        """Take one more use.
+    def _free(self) -> None:
+        # The file is unmapped with the last slice of the view that somebody looks at.
+        self._files._forget(self)  # noqa: SLF001 - one unit: the cache and its entries
+        self.view = memoryview(b"")
+        self.backing.close()
 
-        Raises:
-            UsageError: The last use was given back.
-        """
-        if not self._uses:
-            raise UsageError(f"file {self.key} is closed")
-        self._uses += 1
-        return self
-
-    def close(self) -> None:
-        """Give back one use; the file is unmapped when nobody uses it or a slice of its view.
-
-        Raises:
-            UsageError: More was given back than taken.
-        """
-        if not self._uses:
-            raise UsageError(f"file {self.key} was closed more often than opened")
-        self._uses -= 1
-        if not self._uses:
-            self._files._forget(self)  # noqa: SLF001 - one unit: the cache and its entries
+    def __str__(self) -> str:
+        return f"file {self.key}"
 
 
 class MappedFiles:
@@ -128,20 +115,17 @@ class MappedFiles:
             view = _map(fd, status.st_size, writable=writable)
             backing = FileBacking(fd)
             file = self._files[key] = MappedFile(self, key, view, backing, writable=writable)
-        elif offset + size > file.size or (writable and not file.writable):
+            return file
+        if offset + size > file.size or (writable and not file.writable):
             file.view = _map(fd, status.st_size, writable=writable or file.writable)
             file.writable = file.writable or writable
             if writable and not file.backing.writable:
                 before, file.backing = file.backing, FileBacking(fd)
                 before.close()
-        file._uses += 1  # noqa: SLF001 - one unit: the cache and its entries
-        return file
+        return file.retain()
 
     def _forget(self, file: MappedFile) -> None:
         del self._files[file.key]
-        # No munmap by hand: the mapping goes with the last slice that looks at it.
-        file.view = memoryview(b"")
-        file.backing.close()
 
 
 def _seal(fd: int) -> None:
