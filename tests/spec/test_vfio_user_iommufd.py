@@ -28,8 +28,10 @@ LAYOUTS: list[tuple[type[Struct], struct.Struct, int, str]] = [
         spec.IoasMap,
         spec.IOAS_MAP,
         48,
-        "argsz@0+4 flags@4+4 ioas_id@8+4 reserved@12+4"
-        " user_va@16+8 length@24+8 iova@32+8 offset@40+8",
+        (
+            "argsz@0+4 flags@4+4 ioas_id@8+4 reserved@12+4"
+            " user_va@16+8 length@24+8 iova@32+8 offset@40+8"
+        ),
     ),
     (
         spec.IoasUnmap,
@@ -41,8 +43,10 @@ LAYOUTS: list[tuple[type[Struct], struct.Struct, int, str]] = [
         spec.IoasCopy,
         spec.IOAS_COPY,
         40,
-        "argsz@0+4 flags@4+4 src_ioas_id@8+4 dst_ioas_id@12+4"
-        " src_iova@16+8 dst_iova@24+8 length@32+8",
+        (
+            "argsz@0+4 flags@4+4 src_ioas_id@8+4 dst_ioas_id@12+4"
+            " src_iova@16+8 dst_iova@24+8 length@32+8"
+        ),
     ),
     (spec.Bind, spec.BIND, 16, "argsz@0+4 flags@4+4 iommufd@8+4 out_devid@12+4"),
     (spec.AttachPt, spec.ATTACH_PT, 16, "argsz@0+4 flags@4+4 pt_id@8+4 pasid@12+4"),
