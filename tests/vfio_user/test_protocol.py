@@ -182,6 +182,13 @@ IMPOSSIBLE = {
     "pgsizes zero": capabilities(pgsizes=0),
     "pgsizes odd": capabilities(pgsizes=6000),
     "write_multiple number": capabilities(write_multiple=1),
+    "iommufd boolean": capabilities(iommufd=True),
+    "iommufd null": capabilities(iommufd=None),
+    "iommufd supported number": capabilities(iommufd={"supported": 1}),
+    "iommufd supported string": capabilities(iommufd={"supported": "true"}),
+    "iommufd supported null": capabilities(iommufd={"supported": None}),
+    "viommu array": capabilities(viommu=["fixed_iova"]),
+    "viommu fixed_iova number": capabilities(viommu={"fixed_iova": 1}),
 }
 
 
@@ -242,6 +249,56 @@ def test_the_reply_fits_into_qemu_s_buffer() -> None:
         negotiate(version(QEMU), Capabilities(10**50, 10**50, 10**50, 10**50))
 
 
+NOTHING: dict[str, object] = {}
+IOMMUFD: dict[str, object] = {"iommufd": {"supported": True}}
+FIXED: dict[str, object] = {"viommu": {"fixed_iova": True}}
+NOT_SUPPORTED: dict[str, object] = {"iommufd": {"supported": False}, **FIXED}
+
+
+# What the client offers, whether the server has the commands and fixed IOVAs, and what both have.
+@pytest.mark.parametrize(
+    ("offered", "iommufd", "fixed_iova", "expected"),
+    [
+        (IOMMUFD | FIXED, True, True, IOMMUFD | FIXED),
+        (IOMMUFD | FIXED, True, False, IOMMUFD),
+        (IOMMUFD | FIXED, False, False, NOTHING),
+        (IOMMUFD | FIXED, False, True, NOTHING),
+        (IOMMUFD, True, True, IOMMUFD),
+        (IOMMUFD, True, False, IOMMUFD),
+        (IOMMUFD, False, False, NOTHING),
+        (FIXED, True, True, NOTHING),
+        (NOT_SUPPORTED, True, True, NOTHING),
+        ({"iommufd": {}}, True, True, NOTHING),
+        ({"iommufd": {"supported": True, "new": 5}}, True, True, IOMMUFD),
+        (NOTHING, True, True, NOTHING),
+        (NOTHING, False, False, NOTHING),
+    ],
+    ids=str,
+)
+def test_extensions_are_told_only_to_who_offered_them(
+    offered: dict[str, object], *, iommufd: bool, fixed_iova: bool, expected: dict[str, object]
+) -> None:
+    ours = Capabilities(8, iommufd=iommufd, fixed_iova=fixed_iova)
+
+    theirs, reply = negotiate(capabilities(**offered), ours)
+
+    told = json.loads(reply[4:-1])["capabilities"]
+    assert {key: told[key] for key in told.keys() - {"max_msg_fds", "max_data_xfer_size"}} == (
+        expected
+    )
+    assert theirs.iommufd == ("iommufd" in expected)
+    assert theirs.fixed_iova == ("viommu" in expected)
+
+
+def test_a_reply_with_everything_would_fit_into_qemu_s_buffer() -> None:
+    everything = Capabilities(16, 1 << 26, 65535, 4096, True, iommufd=True, fixed_iova=True)
+
+    _, reply = negotiate(encode_version(1, everything), everything)
+
+    assert decode_version(reply) == (1, everything)
+    assert 16 + len(reply) <= 214
+
+
 @given(
     st.builds(
         Capabilities,
@@ -249,6 +306,8 @@ def test_the_reply_fits_into_qemu_s_buffer() -> None:
         st.integers(0, 2**40),
         st.none() | st.integers(0, 65535),
         st.none() | st.integers(1, 1024).map(lambda n: n * 4096),
+        st.booleans(),
+        st.booleans(),
         st.booleans(),
     ),
     st.integers(0, 0xFFFF),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from viommu.errors import BackendError, GuestMemoryError, PeerError, UsageError, ViommuError
 from viommu.spec import vfio_user as spec
+from viommu.spec import vfio_user_iommufd as iommufd
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -194,6 +195,9 @@ class Capabilities:
     max_dma_maps: int | None = None
     pgsizes: int | None = None
     write_multiple: bool = False
+    #: The iommufd commands, and there IOVAs that the client chooses (viommu's own).
+    iommufd: bool = False
+    fixed_iova: bool = False
 
     @property
     def serves_dma(self) -> bool:
@@ -217,9 +221,19 @@ class Capabilities:
     def _is_qemu(self) -> bool:
         return self.max_dma_maps is not None and self.pgsizes is not None
 
+    def agreed(self, other: Capabilities) -> Capabilities:
+        """Return these without the extensions that are not in ``other`` as well.
+
+        A peer that was not offered an extension must not be told of it, and one that
+        was not asked for it does not have it.
+        """
+        shared = self.iommufd and other.iommufd
+        fixed = shared and self.fixed_iova and other.fixed_iova
+        return replace(self, iommufd=shared, fixed_iova=fixed)
+
     def encode(self) -> bytes:
         """Return the JSON text with its NUL, leaving out what isn't there."""
-        values: dict[str, int | bool] = {
+        values: dict[str, int | bool | dict[str, bool]] = {
             "max_msg_fds": self.max_msg_fds,
             "max_data_xfer_size": self.max_data_xfer_size,
         }
@@ -229,6 +243,10 @@ class Capabilities:
             values["pgsizes"] = self.pgsizes
         if self.write_multiple:
             values["write_multiple"] = True
+        if self.iommufd:
+            values[iommufd.CAPABILITY] = {"supported": True}
+        if self.fixed_iova:
+            values[iommufd.CAPABILITY_OF_VIOMMU] = {"fixed_iova": True}
         return json.dumps({"capabilities": values}, separators=(",", ":")).encode() + b"\0"
 
     @classmethod
@@ -252,9 +270,6 @@ class Capabilities:
         known = _object(document, "capabilities")
         migration = _object(known, "migration")
         _number(migration, "pgsize", _PAGE, multiple=_PAGE)
-        write_multiple = known.get("write_multiple", False)
-        if not isinstance(write_multiple, bool):
-            raise _invalid(f"write_multiple {_shown(write_multiple)} is not a boolean")
         fds = _number(known, "max_msg_fds", 0, _MAX_FDS_LIMIT)
         data = _number(known, "max_data_xfer_size", 0)
         return cls(
@@ -262,7 +277,9 @@ class Capabilities:
             max_data_xfer_size=spec.MAX_DATA_TRANSFER if data is None else data,
             max_dma_maps=_number(known, "max_dma_maps", 0),
             pgsizes=_number(known, "pgsizes", _PAGE, multiple=_PAGE),
-            write_multiple=write_multiple,
+            write_multiple=_boolean(known, "write_multiple"),
+            iommufd=_boolean(_object(known, iommufd.CAPABILITY), "supported"),
+            fixed_iova=_boolean(_object(known, iommufd.CAPABILITY_OF_VIOMMU), "fixed_iova"),
         )
 
 
@@ -289,7 +306,9 @@ def decode_version(payload: bytes) -> tuple[int, Capabilities]:
 def negotiate(payload: bytes, ours: Capabilities) -> tuple[Capabilities, bytes]:
     """Return what a client that sent ``payload`` can do, and the payload of the reply.
 
-    The reply has the lower of both minor versions and all of ``ours``.
+    The reply has the lower of both minor versions and all of ``ours``, of which
+    extensions that must be offered by both only if they were. What is returned has
+    these only if they are in the reply.
 
     Raises:
         PeerError: EINVAL, as in :func:`decode_version`.
@@ -298,13 +317,21 @@ def negotiate(payload: bytes, ours: Capabilities) -> tuple[Capabilities, bytes]:
     minor, theirs = decode_version(payload)
     if len(ours.encode()) > _MAX_REPLY_JSON:
         raise UsageError(f"QEMU takes {_MAX_REPLY_JSON} bytes of capabilities, not {ours}")
-    return theirs, encode_version(min(minor, spec.VERSION_MINOR), ours)
+    reply = encode_version(min(minor, spec.VERSION_MINOR), ours.agreed(theirs))
+    return theirs.agreed(ours), reply
 
 
 def _object(parent: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = parent.get(key, {})
     if not isinstance(value, dict):
         raise _invalid(f"{key} {_shown(value)} is not an object")
+    return value
+
+
+def _boolean(parent: Mapping[str, Any], key: str) -> bool:
+    value = parent.get(key, False)
+    if not isinstance(value, bool):
+        raise _invalid(f"{key} {_shown(value)} is not a boolean")
     return value
 
 
