@@ -57,6 +57,47 @@ def test_reading_and_writing_are_watched_apart(loop: Loop) -> None:
         assert seen == ["write", "read"]
 
 
+def test_a_peer_that_goes_is_noticed_without_reading(loop: Loop) -> None:
+    seen: list[str] = []
+
+    def gone() -> None:
+        seen.append("gone")
+        loop.on_hang_up(left, None)
+
+    left, right = socket.socketpair()
+    with left:
+        loop.on_hang_up(left, gone)
+        right.send(b"unread")
+        loop.turn(0)
+        assert seen == []
+        right.close()
+        loop.turn(0)
+        loop.turn(0)
+        assert seen == ["gone"]
+        loop.on_readable(left, lambda: seen.append("read"))
+        loop.turn(0)
+        assert seen == ["gone", "read"]
+        loop.forget(left)
+
+
+def test_a_peer_that_says_no_more_is_no_reason_to_write(loop: Loop) -> None:
+    seen: list[str] = []
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    with left, right:
+        while True:
+            try:
+                left.send(bytes(1 << 16))
+            except BlockingIOError:
+                break
+        loop.on_writable(left, lambda: seen.append("write"))
+        loop.on_hang_up(left, lambda: seen.append("gone"))
+        right.shutdown(socket.SHUT_WR)
+        loop.turn(0)
+        assert seen == ["gone"]
+        loop.forget(left)
+
+
 def test_a_callback_may_forget_another_of_the_same_turn(loop: Loop) -> None:
     seen: list[str] = []
     first, second = Event(), Event()

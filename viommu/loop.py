@@ -23,6 +23,8 @@ __all__ = ["HasFileno", "Loop", "Timer"]
 
 # A poll that took no longer than this found ready what it found when it began.
 _AT_ONCE: Final = 0.001  # seconds
+# Polled for whatever is watched; to everybody it means: try, and learn what happened.
+_BROKEN: Final = select.EPOLLERR | select.EPOLLHUP
 
 
 class HasFileno(Protocol):
@@ -57,6 +59,7 @@ class Loop:
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._leavers: dict[int, Callable[[], None]] = {}
         self._fresh: set[int] = set()  # watched since the last poll
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
@@ -78,10 +81,19 @@ class Loop:
         """Call ``callback`` whenever ``source`` is writable; ``None`` stops that."""
         self._watch(self._writers, source, callback)
 
+    def on_hang_up(self, source: HasFileno | int, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` when the peer of the socket ``source`` has gone; ``None`` stops that.
+
+        For one who doesn't read now: what the peer sent before may be there still.
+        Level-triggered: the callback must stop watching.
+        """
+        self._watch(self._leavers, source, callback)
+
     def forget(self, source: HasFileno | int) -> None:
         """Stop watching ``source``; call it before closing the fd."""
         self.on_readable(source, None)
         self.on_writable(source, None)
+        self.on_hang_up(source, None)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the next turn of the loop, after those asked for before it."""
@@ -116,10 +128,12 @@ class Loop:
         before, self._polled = self._polled, self.clock()
         self.ready_since = before if self._polled - entered < _AT_ONCE else self._polled
         for fd, mask in ready:
-            if mask & ~select.EPOLLOUT and (reader := self._meant(self._readers, fd)):
+            if mask & (select.EPOLLIN | _BROKEN) and (reader := self._meant(self._readers, fd)):
                 reader()
-            if mask & ~select.EPOLLIN and (writer := self._meant(self._writers, fd)):
+            if mask & (select.EPOLLOUT | _BROKEN) and (writer := self._meant(self._writers, fd)):
                 writer()
+            if mask & (select.EPOLLRDHUP | _BROKEN) and (leaver := self._meant(self._leavers, fd)):
+                leaver()
         now = self.clock()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
@@ -169,4 +183,5 @@ class Loop:
 
     def _mask(self, fd: int) -> int:
         reading = select.EPOLLIN if fd in self._readers else 0
-        return reading | (select.EPOLLOUT if fd in self._writers else 0)
+        writing = select.EPOLLOUT if fd in self._writers else 0
+        return reading | writing | (select.EPOLLRDHUP if fd in self._leavers else 0)
