@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "events": GROUND,
     "loop": GROUND,
     "deferred": GROUND,
-    "memory": GROUND | {"iova"},
+    "memory": GROUND | {"deferred", "iova"},
     # One address space, and what an endpoint gets to see of it.
     "iova": GROUND | {"mapper"},
     "mapper": GROUND | {"events"},

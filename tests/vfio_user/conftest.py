@@ -39,12 +39,18 @@ class Clock:
 
 
 class Peer:
-    """The raw end of a client: sends any bytes, and lets the server's loop turn."""
+    """The raw end of a client: sends any bytes, and lets the server's loop turn.
 
-    def __init__(self, server: Server, loop: Loop) -> None:
+    It connects to ``server``, which is that or a connected socket.
+    """
+
+    def __init__(self, server: Server | socket.socket, loop: Loop) -> None:
         self.loop = loop
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.connect(os.fspath(server.path))
+        if isinstance(server, socket.socket):
+            self.socket = server
+        else:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.connect(os.fspath(server.path))
         self.socket.setblocking(False)
         self.reader = MessageReader()
         self.id = 100

@@ -6,6 +6,7 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
+from viommu.deferred import Deferred
 from viommu.errors import PeerError
 from viommu.memory import GuestMemory
 from viommu.spec import vfio
@@ -26,8 +27,32 @@ DMA_START = 0x20  # write a u32: store it at DMA_ADDRESS
 REFUSED = 0x30  # any access is refused with ENXIO
 DEFECT = 0x38  # any access hits a bug
 SHORT = 0x40  # reads bring one byte less
+LATER = 0x48  # any access is done when the test says so
 
 MSIX_VECTORS = 2048
+
+
+class HeldMemory(GuestMemory):
+    """Guest memory that somebody may hold when it is unmapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = False
+        self.releases: list[Deferred[None]] = []
+
+    def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
+        super().unmap(gpa, size)
+        return self._released()
+
+    def unmap_all(self) -> Deferred[None] | None:
+        super().unmap_all()
+        return self._released()
+
+    def _released(self) -> Deferred[None] | None:
+        if not self.held:
+            return None
+        self.releases.append(Deferred())
+        return self.releases[-1]
 
 
 class RegisterBank:
@@ -38,9 +63,13 @@ class RegisterBank:
     num_irqs = vfio.PCI_NUM_IRQS
 
     def __init__(self) -> None:
-        self.memory = GuestMemory()
+        self.memory = HeldMemory()
         self.irqs: IrqLines | None = None
         self.resets = 0
+        #: Whether a reset is done later, and what is to be done: reads, writes, resets.
+        self.resets_later = False
+        self.reads: list[Deferred[bytes]] = []
+        self.writes: list[Deferred[None]] = []
         self.departures = 0
         self.memory_at_departure = 0
         self.store = os.memfd_create("bank", os.MFD_CLOEXEC)
@@ -74,13 +103,16 @@ class RegisterBank:
         }
         return IrqInfo(counts.get(index, 0), vfio.IRQ_INFO_EVENTFD)
 
-    def region_read(self, index: int, offset: int, count: int) -> bytes:
+    def region_read(self, index: int, offset: int, count: int) -> bytes | Deferred[bytes]:
         self._misbehave(index, offset)
+        if (index, offset) == (BAR, LATER):
+            self.reads.append(Deferred())
+            return self.reads[-1]
         data = bytes(self.bytes[index][offset : offset + count])
         assert len(data) == count > 0, "the server checks bounds"
         return data[:-1] if (index, offset) == (BAR, SHORT) else data
 
-    def region_write(self, index: int, offset: int, data: bytes) -> None:
+    def region_write(self, index: int, offset: int, data: bytes) -> Deferred[None] | None:
         self._misbehave(index, offset)
         assert 0 < len(data) <= len(self.bytes[index]) - offset, "the server checks bounds"
         self.bytes[index][offset : offset + len(data)] = data
@@ -90,6 +122,7 @@ class RegisterBank:
             if offset == DMA_START:
                 (gpa,) = struct.unpack_from("<Q", self.bytes[BAR], DMA_ADDRESS)
                 self.memory.write(gpa, data)
+        return self._later() if (index, offset) == (BAR, LATER) else None
 
     def connect(self, irqs: IrqLines) -> None:
         assert self.irqs is None, "one client at a time"
@@ -103,8 +136,13 @@ class RegisterBank:
         for data in self.bytes.values():
             data[:] = bytes(len(data))
 
-    def reset(self) -> None:
+    def reset(self) -> Deferred[None] | None:
         self.resets += 1
+        return self._later() if self.resets_later else None
+
+    def _later(self) -> Deferred[None]:
+        self.writes.append(Deferred())
+        return self.writes[-1]
 
     def _misbehave(self, index: int, offset: int) -> None:
         if (index, offset) == (BAR, REFUSED):

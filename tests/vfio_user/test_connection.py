@@ -42,6 +42,16 @@ def test_nothing_yet(pair: Pair) -> None:
     connection, _ = pair
     assert connection.receive() is None
     assert not connection.hung_up
+    assert not connection.unread
+
+
+def test_what_has_arrived_is_known_without_taking_it(pair: Pair) -> None:
+    connection, theirs = pair
+    theirs.send(command_message(1, 9, b""))
+    assert connection.unread
+    assert connection.unread
+    assert connection.receive() is not None
+    assert not connection.unread
 
 
 def test_messages_in_pieces(pair: Pair) -> None:

@@ -467,7 +467,7 @@ def test_a_private_copy_is_refused_before_the_guest_runs(
     with subprocess.Popen(
         [sys.executable, "-S", "-c", VMM, os.fspath(server.path)], stdout=subprocess.PIPE
     ) as process:
-        while server.clients == 0 or server.connected or server._connection is not None:
+        while server.clients == 0 or server.connected or server._client is not None:
             loop.turn(10)
         assert process.stdout is not None
         assert process.stdout.read() == b"(33, 22)\n"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from viommu.errors import GuestMemoryError, InternalError, PeerError
 
 if TYPE_CHECKING:
+    from viommu.deferred import Deferred
     from viommu.memory.files import MappedFile
 
 __all__ = ["GuestMemory", "MemoryRegion"]
@@ -123,8 +124,11 @@ class GuestMemory:
         self._regions.insert(index, _Region(info))
         self.generation += 1
 
-    def unmap(self, gpa: int, size: int) -> None:
+    def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
         """Remove the region ``[gpa, gpa + size)``.
+
+        It is gone on return. A memory that others hold parts of says with a deferred
+        result when they have let go: only then may the VMM be told.
 
         Raises:
             PeerError: ENOENT, no region is exactly that.
@@ -137,15 +141,17 @@ class GuestMemory:
         self._changed()
         if info.file is not None:
             info.file.close()
+        return None
 
-    def unmap_all(self) -> None:
-        """Remove every region."""
+    def unmap_all(self) -> Deferred[None] | None:
+        """Remove every region; the result is as that of :meth:`unmap`."""
         regions, self._regions, self._starts = self._regions, [], []
         if regions:
             self._changed()
         for region in regions:
             if region.info.file is not None:
                 region.info.file.close()
+        return None
 
     def close(self) -> None:
         """Remove every region; the object can be used again."""

@@ -102,9 +102,12 @@ class Connection:
     @property
     def hung_up(self) -> bool:
         """Return whether the peer has closed its end; what it sent may still be unread."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return self._polled(select.POLLRDHUP)
+
+    @property
+    def unread(self) -> bool:
+        """Return whether something has arrived that :meth:`receive` has not taken."""
+        return self._polled(select.POLLIN)
 
     def receive(self) -> Message | None:
         """Return the next complete message, ``None`` when it hasn't arrived yet.
@@ -162,3 +165,8 @@ class Connection:
         close_fds(self._reader.take_fds())
         self._queue.clear()
         self._sock.close()
+
+    def _polled(self, event: int) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, event)
+        return bool(poll.poll(0))

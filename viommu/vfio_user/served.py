@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from viommu.deferred import Deferred
     from viommu.memory import GuestMemory
     from viommu.vfio_user.irqs import IrqLines
 
@@ -43,6 +44,11 @@ class ServedDevice(Protocol):
     access that the device refuses is a :exc:`~viommu.errors.ViommuError`; the
     client sees an errno. What :meth:`region_info` and :meth:`irq_info` answer
     must not change while a client is connected.
+
+    A device that has to ask somebody else answers later: with a
+    :class:`~viommu.deferred.Deferred`. Until that is done the server takes nothing
+    further from this client, except behind a posted write, and serves everybody
+    else. The client may leave meanwhile; the result is dropped then.
     """
 
     @property
@@ -67,10 +73,10 @@ class ServedDevice(Protocol):
     def irq_info(self, index: int) -> IrqInfo:
         """Describe interrupts of kind ``index``, which is below ``num_irqs``."""
 
-    def region_read(self, index: int, offset: int, count: int) -> bytes:
+    def region_read(self, index: int, offset: int, count: int) -> bytes | Deferred[bytes]:
         """Return exactly ``count`` bytes, at least one, that lie in the region."""
 
-    def region_write(self, index: int, offset: int, data: bytes) -> None:
+    def region_write(self, index: int, offset: int, data: bytes) -> Deferred[None] | None:
         """Store ``data``, at least one byte, which lies in the region."""
 
     def connect(self, irqs: IrqLines) -> None:
@@ -79,5 +85,5 @@ class ServedDevice(Protocol):
     def disconnect(self) -> None:
         """Be as after power-on: the client has gone, and its memory goes after this call."""
 
-    def reset(self) -> None:
+    def reset(self) -> Deferred[None] | None:
         """Perform a system reset; memory and interrupts stay."""

@@ -1,7 +1,8 @@
 """One client's conversation with a device: a message in, at most one reply out. No sockets.
 
 Errors are those that libvfio-user answers, see the tests. A message is validated
-as a whole before the device or guest memory see any of it.
+as a whole before the device or guest memory see any of it. The reply may come
+later: when the device, or who holds guest memory, has to be waited for.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import errno
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
+from viommu.deferred import Deferred
 from viommu.errors import InternalError, MemoryNotShared, PeerError, ViommuError
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
     from viommu.memory import MappedFiles
     from viommu.vfio_user.served import IrqInfo, RegionInfo, ServedDevice
 
-__all__ = ["Answer", "ServerLimits", "Session", "SessionCounters"]
+__all__ = ["Answer", "Later", "Result", "ServerLimits", "Session", "SessionCounters", "after"]
+
+T = TypeVar("T")
 
 _LOG: Final = logging.getLogger("viommu.vfio_user")
 
@@ -65,6 +70,8 @@ class ServerLimits:
     negotiation_time: float = 10.0
     #: After that long a client may have forgotten what it asked; QEMU does after 5 s.
     reply_time: float = 4.5
+    #: How many posted writes may be under way in the device at once.
+    open_posted: int = 64
     #: How many messages are handled before other sockets get their turn.
     messages_per_turn: int = 64
     #: How many refused messages of one client are logged.
@@ -94,9 +101,23 @@ class Answer(NamedTuple):
     hang_up: bool = False
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
+    """What a command brought: the payload of its reply, and ``fds``, which stay the device's."""
+
     payload: bytes = b""
     fds: tuple[int, ...] = ()
+
+
+class Later(NamedTuple, Generic[T]):
+    """What a command will bring: what ``finish`` makes of the value once it is there."""
+
+    value: Deferred[T]
+    finish: Callable[[T], Result]
+
+
+def after(value: T | Deferred[T], finish: Callable[[T], Result]) -> Result | Later[T]:
+    """Return what ``finish`` makes of ``value``: now, or when it is there."""
+    return Later(value, finish) if isinstance(value, Deferred) else finish(value)
 
 
 class Session:
@@ -133,7 +154,8 @@ class Session:
         self._probe = SharingProbe(device.memory, enabled=False)
         self._next_id = 0
         self._reading: tuple[int, int, int] | None = None  # id, address, size
-        self._handlers: dict[int, Callable[[Message], _Result]] = {
+        self._open_posted = 0
+        self._handlers: dict[int, Callable[[Message], Result | Later[Any]]] = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
             Command.DEVICE_GET_INFO: self._get_info,
@@ -146,39 +168,31 @@ class Session:
             Command.DEVICE_RESET: self._reset,
         }
 
-    def handle(self, message: Message) -> Answer | None:
+    def handle(self, message: Message) -> Answer | Deferred[Answer | None] | None:
         """Do what a message asks; its file descriptors are kept or closed.
 
         ``None``: the client expects no reply, and one would break its stream.
+        A deferred answer, which never comes once the session is closed, must be
+        waited for before the next message is handled.
         """
         self._counters.messages += 1
-        fds: tuple[int, ...] = ()
-        hang_up = False
         try:
             if message.kind == spec.F_TYPE_REPLY and self._reading is not None:
-                return self._take_reply(message)
-            result = self._dispatch(message)
-        except ViommuError as error:
-            data = error_reply(message, self._refused(message, error))
-            hang_up = not self.ready  # a failed negotiation ends the connection
-        except Exception:  # noqa: BLE001 - see _defect
-            self._defect()
-            data = error_reply(message, errno.EIO)
-        else:
-            data, fds = reply_message(message, result.payload), result.fds
+                taken = self._attempt(message.command, partial(self._take_reply, message))
+                return self._answer(message, taken) if isinstance(taken, int) else taken
+            result = self._attempt(message.command, partial(self._dispatch, message))
         finally:
             close_fds(message.fds)
-        if message.no_reply:
-            self._counters.posted += 1
-            return Answer(b"", hang_up=True) if hang_up else None
-        return Answer(data, fds, hang_up)
+        if isinstance(result, Later):
+            return self._wait(message, result)
+        return self._answer(message, result)
 
     def reject(self, error: MessageSizeError) -> Answer:
         """Answer a message whose header is impossible."""
         message = error.message
         close_fds(message.fds)
         self._counters.messages += 1
-        data = error_reply(message, self._refused(message, error))
+        data = error_reply(message, self._refused(message.command, error))
         return Answer(b"" if message.no_reply else data, hang_up=error.lost or not self.ready)
 
     def withhold(self, message: Message, answer: Answer) -> Answer:
@@ -211,24 +225,66 @@ class Session:
 
     def close(self) -> None:
         """The client has gone: quiesce the device, then drop memory and interrupts."""
+        connected, self.ready = self.ready, False
         try:
-            if self.ready:
+            if connected:
                 self._device.disconnect()
         except Exception:  # noqa: BLE001 - see _defect
             self._defect()
         finally:
-            self.ready = False
             self._memory.unmap_all()
             self._lines.close()
 
-    def _refused(self, message: Message, error: ViommuError) -> int:
+    def _attempt(self, command: int, act: Callable[[], T]) -> T | int:
+        """Return what ``act`` returns, or the errno that says why it failed."""
+        try:
+            return act()
+        except ViommuError as error:
+            return self._refused(command, error)
+        except Exception:  # noqa: BLE001 - see _defect
+            self._defect()
+            return errno.EIO
+
+    def _answer(self, message: Message, result: Result | int) -> Answer | None:
+        """Return the answer to a message that brought ``result``, or failed with an errno."""
+        # A failed negotiation ends the connection.
+        hang_up = isinstance(result, int) and not self.ready
+        if message.no_reply:
+            self._counters.posted += 1
+            return Answer(b"", hang_up=True) if hang_up else None
+        if isinstance(result, int):
+            return Answer(error_reply(message, result), hang_up=hang_up)
+        return Answer(reply_message(message, result.payload), result.fds)
+
+    def _wait(self, message: Message, later: Later[Any]) -> Answer | Deferred[Answer | None] | None:
+        """Return the answer to a message whose result is not there yet."""
+        message.payload = b""  # done with; it may be a megabyte
+        answer: Deferred[Answer | None] = Deferred()
+        posted = message.no_reply and message.command == Command.REGION_WRITE
+        self._open_posted += posted
+
+        def conclude(value: Deferred[Any]) -> None:
+            self._open_posted -= posted
+            if self.ready:  # otherwise nobody waits any more
+                result = self._attempt(message.command, lambda: later.finish(value.result()))
+                answer.resolve(self._answer(message, result))
+
+        later.value.then(conclude)
+        if answer.done:
+            return answer.result()
+        # Posted writes go on to the device one behind the other, as far as it keeps up.
+        if posted and self._open_posted < self._limits.open_posted:
+            return None
+        return answer
+
+    def _refused(self, command: int, error: ViommuError) -> int:
         self._counters.refused += 1
         self._refusals += 1
         # Memory that can't be used has been told of through ``refuse``.
         told = isinstance(error, MemoryNotShared)
         if self._refusals <= self._limits.logged_refusals and not told:
             # The text, not the error: a log that keeps records must not keep guest memory mapped.
-            name, command, why = self._device.name, message.command, str(error)
+            name, why = self._device.name, str(error)
             _LOG.warning("%s: command %d refused: %s", name, command, why)
         return errno_of(error)
 
@@ -237,7 +293,7 @@ class Session:
         self._counters.internal_errors += 1
         _LOG.exception("%s: internal error, please report it", self._device.name)
 
-    def _dispatch(self, message: Message) -> _Result:
+    def _dispatch(self, message: Message) -> Result | Later[Any]:
         if message.kind != spec.F_TYPE_COMMAND:
             raise _invalid(f"a message of type {message.kind} is not expected")
         if message.truncated:
@@ -249,7 +305,7 @@ class Session:
             raise _invalid(f"command {message.command} is not known here")
         return handler(message)
 
-    def _version(self, message: Message) -> _Result:
+    def _version(self, message: Message) -> Result:
         if message.command != Command.VERSION:
             raise _invalid(f"command {message.command} came before the version")
         ours = Capabilities(self._limits.max_msg_fds, self._limits.max_data_transfer)
@@ -261,9 +317,9 @@ class Session:
         self._probe = SharingProbe(self._memory, enabled=self.capabilities.serves_dma)
         device.connect(self._lines)
         self.ready = True
-        return _Result(payload)
+        return Result(payload)
 
-    def _dma_map(self, message: Message) -> _Result:
+    def _dma_map(self, message: Message) -> Result:
         argsz, flags, offset, gpa, size = _unpack(message, spec.DMA_MAP)
         _check_argsz(argsz, spec.DMA_MAP.size)
         if flags & ~_DMA_MAP_FLAGS:
@@ -279,7 +335,7 @@ class Session:
             raise PeerError(errno.ENOSPC, f"region of {size:#x} bytes is larger than {limit:#x}")
         readable, writable = bool(flags & spec.DMA_MAP_F_READ), bool(flags & spec.DMA_MAP_F_WRITE)
         if not size:  # maps nothing, and is not an error to libvfio-user
-            return _Result()
+            return Result()
         file = None
         if message.fds:
             file = self._files.get(message.fds[0], offset, size, writable=writable)
@@ -292,9 +348,9 @@ class Session:
                 file.close()
             raise
         self._counters.dma_maps += 1
-        return _Result()
+        return Result()
 
-    def _dma_unmap(self, message: Message) -> _Result:
+    def _dma_unmap(self, message: Message) -> Result | Later[None]:
         argsz, flags, gpa, size = _unpack(message, spec.DMA_UNMAP)
         _check_argsz(argsz, spec.DMA_UNMAP.size)
         if argsz > _MAX_ARGSZ:
@@ -304,19 +360,20 @@ class Session:
         if flags:
             if gpa or size:
                 raise _invalid(f"everything, but also [{gpa:#x}, {gpa + size:#x})")
-            self._memory.unmap_all()
+            released = self._memory.unmap_all()
         else:
-            self._memory.unmap(gpa, size)
+            released = self._memory.unmap(gpa, size)
         self._counters.dma_unmaps += 1
-        return _Result(message.payload[: spec.DMA_UNMAP.size])
+        echo = message.payload[: spec.DMA_UNMAP.size]
+        return after(released, lambda _: Result(echo))
 
-    def _get_info(self, message: Message) -> _Result:
+    def _get_info(self, message: Message) -> Result:
         argsz, *_ = _unpack(message, spec.DEVICE_INFO)
         _check_argsz(argsz, spec.DEVICE_INFO.size)
         self._check_memory()
         flags = vfio.DEVICE_FLAGS_PCI | vfio.DEVICE_FLAGS_RESET
         counts = len(self._regions), len(self._irqs)
-        return _Result(spec.DEVICE_INFO.pack(spec.DEVICE_INFO.size, flags, *counts))
+        return Result(spec.DEVICE_INFO.pack(spec.DEVICE_INFO.size, flags, *counts))
 
     def _check_memory(self) -> None:
         """Refuse a client whose RAM is out of reach: QEMU has mapped all of it by GET_INFO."""
@@ -331,43 +388,47 @@ class Session:
             self._refuse(why)
             raise MemoryNotShared(why)
 
-    def _get_region_info(self, message: Message) -> _Result:
+    def _get_region_info(self, message: Message) -> Result:
         argsz, _, index, *_ = _unpack(message, vfio.REGION_INFO)
         _check_argsz(argsz, vfio.REGION_INFO.size)
         info = self._region(index)
         payload, complete = encode_region_info(info, index, argsz)
-        return _Result(payload, () if info.fd is None or not complete else (info.fd,))
+        return Result(payload, () if info.fd is None or not complete else (info.fd,))
 
-    def _get_region_io_fds(self, message: Message) -> _Result:
+    def _get_region_io_fds(self, message: Message) -> Result:
         argsz, flags, index, count = _unpack(message, spec.REGION_IO_FDS)
         _check_argsz(argsz, spec.REGION_IO_FDS.size)
         if argsz > _MAX_ARGSZ or flags or count:
             raise _invalid(f"argsz {argsz}, flags {flags:#x}, count {count}")
         if not self._region(index).size:
             raise _invalid(f"region {index} isn't there")
-        return _Result(spec.REGION_IO_FDS.pack(spec.REGION_IO_FDS.size, 0, index, 0))
+        return Result(spec.REGION_IO_FDS.pack(spec.REGION_IO_FDS.size, 0, index, 0))
 
-    def _get_irq_info(self, message: Message) -> _Result:
+    def _get_irq_info(self, message: Message) -> Result:
         argsz, _, index, _ = _unpack(message, vfio.IRQ_INFO)
         _check_argsz(argsz, vfio.IRQ_INFO.size)
         if index >= len(self._irqs):
             raise _invalid(f"interrupt index {index} is not below {len(self._irqs)}")
         info = self._irqs[index]
-        return _Result(vfio.IRQ_INFO.pack(vfio.IRQ_INFO.size, info.flags, index, info.count))
+        return Result(vfio.IRQ_INFO.pack(vfio.IRQ_INFO.size, info.flags, index, info.count))
 
-    def _set_irqs(self, message: Message) -> _Result:
+    def _set_irqs(self, message: Message) -> Result:
         self._lines.set_irqs(message.payload, message.fds)
-        return _Result()
+        return Result()
 
-    def _region_read(self, message: Message) -> _Result:
+    def _region_read(self, message: Message) -> Result | Later[bytes]:
         offset, region, count = _unpack(message, spec.REGION_ACCESS)
         self._check_access(offset, region, count)
-        data = self._device.region_read(region, offset, count) if count else b""
-        if len(data) != count:
-            raise InternalError(f"{len(data)} bytes were read instead of {count}")
-        return _Result(message.payload[: spec.REGION_ACCESS.size] + data)
+        head = message.payload[: spec.REGION_ACCESS.size]
 
-    def _region_write(self, message: Message) -> _Result:
+        def finish(data: bytes) -> Result:
+            if len(data) != count:
+                raise InternalError(f"{len(data)} bytes were read instead of {count}")
+            return Result(head + data)
+
+        return after(self._device.region_read(region, offset, count) if count else b"", finish)
+
+    def _region_write(self, message: Message) -> Result | Later[None]:
         offset, region, count = _unpack(message, spec.REGION_ACCESS)
         data = message.payload[spec.REGION_ACCESS.size :]
         if len(data) != count:
@@ -375,9 +436,9 @@ class Session:
         self._check_access(offset, region, count)
         if region < vfio.PCI_NUM_BARS:
             self._probe.touched()
-        if count:
-            self._device.region_write(region, offset, data)
-        return _Result(message.payload[: spec.REGION_ACCESS.size])
+        head = message.payload[: spec.REGION_ACCESS.size]
+        done = self._device.region_write(region, offset, data) if count else None
+        return after(done, lambda _: Result(head))
 
     def _check_access(self, offset: int, region: int, count: int) -> None:
         size = self._region(region).size
@@ -386,10 +447,9 @@ class Session:
         if count > self._limits.max_data_transfer:
             raise _invalid(f"{count} bytes are more than {self._limits.max_data_transfer}")
 
-    def _reset(self, _message: Message) -> _Result:
+    def _reset(self, _message: Message) -> Result | Later[None]:
         self._counters.resets += 1
-        self._device.reset()
-        return _Result()
+        return after(self._device.reset(), lambda _: Result())
 
     def _region(self, index: int) -> RegionInfo:
         if index >= len(self._regions):
