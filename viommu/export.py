@@ -27,7 +27,7 @@ from viommu.errors import (
 from viommu.events import Event
 
 if TYPE_CHECKING:
-    from viommu.mapper import MemoryMapper, MemRegion
+    from viommu.mapper import Exporter, MemRegion
     from viommu.memory.guest import GuestMemory
 
 __all__ = ["DEFAULT_MAX_EXPORTS", "ExportLedger", "ExportedRegion", "Held", "SessionState"]
@@ -240,7 +240,7 @@ class ExportedRegion:
     """
 
     def __init__(
-        self, mapper: MemoryMapper, memory: GuestMemory, iova: int, size: int, access: Access
+        self, mapper: Exporter, memory: GuestMemory, iova: int, size: int, access: Access
     ) -> None:
         self.iova = iova
         self.size = size

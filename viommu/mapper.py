@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddMapResult",
+    "Exporter",
     "MappingInfo",
     "MemRegion",
     "MemoryMapper",
@@ -71,8 +72,46 @@ class RemoveMapResult(NamedTuple):
     resolution: Event | None = None
 
 
+class Exporter(Protocol):
+    """What a client of a mapper needs: memory by IOVA, for as long as the guest lets it.
+
+    It is half of a :class:`MemoryMapper`. A client in another process has it from
+    :class:`viommu.ipc.client.ExportClient`.
+    """
+
+    def start_export_session(self) -> Event:
+        """Start an export session; return its fault event.
+
+        The event is signalled once, when exported memory is unmapped. From then
+        on nothing can be exported and the client must release everything. The
+        caller owns the event.
+
+        Raises:
+            ExportError: The session before this one still holds exports, or the
+                host has no events to give.
+        """
+
+    def export(self, iova: int, size: int) -> list[MemRegion]:
+        """Export ``[iova, iova + size)``; regions merge when contiguous and equally protected.
+
+        Raises:
+            TranslationFault: Some byte is not mapped; ``iova`` is the first such address.
+            SessionFaulted: An IOMMU fault has ended this session.
+            ExportError: No session was started, or a limit is reached.
+        """
+
+    def release(self, iova: int, size: int) -> None:
+        """Release one export of exactly this range.
+
+        A range exported several times must be released as often.
+
+        Raises:
+            ExportError: This range is not exported.
+        """
+
+
 @runtime_checkable
-class MemoryMapper(Protocol):
+class MemoryMapper(Exporter, Protocol):
     """The address space of one endpoint, or of endpoints the host can't tell apart.
 
     The caller passes page-aligned, non-empty ranges below ``2**64`` and holds no
@@ -130,36 +169,6 @@ class MemoryMapper(Protocol):
 
         Raises:
             BackendError: The host refused; nothing was removed.
-        """
-
-    def start_export_session(self) -> Event:
-        """Start an export session; return its fault event.
-
-        The event is signalled once, when exported memory is unmapped. From then
-        on nothing can be exported and the client must release everything. The
-        caller owns the event.
-
-        Raises:
-            ExportError: The session before this one still holds exports, or the
-                host has no events to give.
-        """
-
-    def export(self, iova: int, size: int) -> list[MemRegion]:
-        """Export ``[iova, iova + size)``; regions merge when contiguous and equally protected.
-
-        Raises:
-            TranslationFault: Some byte is not mapped; ``iova`` is the first such address.
-            SessionFaulted: An IOMMU fault has ended this session.
-            ExportError: No session was started, or a limit is reached.
-        """
-
-    def release(self, iova: int, size: int) -> None:
-        """Release one export of exactly this range.
-
-        A range exported several times must be released as often.
-
-        Raises:
-            ExportError: This range is not exported.
         """
 
     def vfio_dma_map(self, iova: int, hva: int, size: int, prot: Access) -> AddMapResult:

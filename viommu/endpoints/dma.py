@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from viommu.events import Event
     from viommu.loop import Loop
-    from viommu.mapper import MemoryMapper
+    from viommu.mapper import Exporter
     from viommu.memory.guest import GuestMemory
 
 __all__ = ["EndpointDma"]
@@ -46,7 +46,7 @@ class EndpointDma:
 
     def __init__(
         self,
-        mapper: MemoryMapper,
+        mapper: Exporter,
         memory: GuestMemory,
         report: Callable[[TranslationFault], None],
         loop: Loop,
