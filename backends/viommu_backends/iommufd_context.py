@@ -1,4 +1,4 @@
-"""The kernel's iommufd: I/O address spaces (IOAS) and what is mapped in them.
+"""The kernel's iommufd: I/O address spaces (IOAS), what is mapped in them, and their page tables.
 
 What it does was observed: see each method. Ranges are half-open; ``last`` on the
 kernel's side is inclusive. Features are found by errno, never by version.
@@ -9,7 +9,9 @@ Source: ``<linux/iommufd.h>``, ``drivers/iommu/iommufd/``.
 from __future__ import annotations
 
 import array
+import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,7 +21,7 @@ from viommu.spec import iommufd as spec
 from viommu.spec.iommufd import Ioctl
 from viommu_backends.kernel import ask, open_device_file
 
-__all__ = ["IoasRanges", "Iommufd"]
+__all__ = ["IoasRanges", "Iommufd", "address_of"]
 
 _IOMMU: Final = Path("/dev/iommu")
 
@@ -158,6 +160,62 @@ class Iommufd:
             pairs = zip(ranges[0 : 2 * count : 2], ranges[1 : 2 * count : 2], strict=True)
             return IoasRanges(tuple((start, last + 1) for start, last in pairs), alignment)
 
+    def alloc_page_table(
+        self,
+        device: int,
+        parent: int,
+        *,
+        nest_parent: bool = False,
+        kind: int = 0,
+        data: bytes = b"",
+    ) -> int:
+        """Return the id of a new page table for ``device``, filled but not attached.
+
+        With an IOAS as ``parent`` it holds what is mapped there; as a ``nest_parent``
+        others can be nested in it. With such a one as ``parent``, or a vIOMMU, it
+        is a guest's own: ``kind`` and ``data`` say where the guest has it.
+
+        Raises:
+            BackendError: ENOENT, there is no such device or parent; EOPNOTSUPP, the
+                IOMMU can't nest, or doesn't know ``kind``; EINVAL, the parent is no nest
+                parent, or the driver doesn't take ``data``.
+        """
+        buffer = bytearray(data)
+        flags = spec.HWPT_FLAG_NEST_PARENT if nest_parent else 0
+        argument = bytearray(
+            spec.HWPT_ALLOC.pack(
+                spec.HWPT_ALLOC.size, flags, device, parent, 0, 0, kind,
+                len(buffer), address_of(buffer), 0, 0,
+            )
+        )  # fmt: skip
+        what = f"allocating a page table for device {device} below object {parent}"
+        ask(self._fd, Ioctl.HWPT_ALLOC, argument, what)
+        table: int = spec.HWPT_ALLOC.unpack(argument)[4]
+        return table
+
+    def map_device_memory(self, offset: int, length: int) -> mmap.mmap:
+        """Map memory that the driver of an object offers; it is unmapped by closing the result.
+
+        Offset and length are the driver's, told when the object was made. While any
+        of it is mapped, by us or by a child that has inherited it, the object can't be
+        destroyed, nor what it stands on; the context can be closed, and ends
+        with the last mapping.
+
+        Raises:
+            BackendError: ENXIO, nothing is offered at exactly that offset and of that
+                length, or not any more; EINVAL, not whole pages; EBADF, the context
+                is closed.
+        """
+        what = f"mapping {length:#x} bytes at offset {offset:#x} of an iommufd"
+        if self._fd < 0:
+            raise BackendError(errno.EBADF, what)  # to Python it would mean memory without a file
+        try:
+            return mmap.mmap(self._fd, length, flags=mmap.MAP_SHARED, offset=offset)
+        except (OSError, ValueError, OverflowError) as error:
+            # Python itself refuses what is negative or too large.
+            number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
+            raise BackendError(number, what) from error
+
     def can_map_files(self) -> bool:
         """Return whether the kernel knows IOAS_MAP_FILE (Linux 6.13)."""
         if self._map_file is None:
@@ -175,6 +233,14 @@ class Iommufd:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def address_of(buffer: bytearray) -> int:
+    """Return where a structure is that the kernel reads and writes; 0 for none.
+
+    The buffer must not be resized or freed before the kernel has answered.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else 0
 
 
 def _flags(prot: Access) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
@@ -18,8 +19,12 @@ def ask(fd: int, request: int, argument: bytearray | int, what: str) -> int:
     """Make an ioctl and return its result; a buffer is changed in place.
 
     Raises:
-        BackendError: With the kernel's errno; ``what`` says what was asked for.
+        BackendError: With the kernel's errno; ``what`` says what was asked for. EBADF
+            for an ``fd`` that is closed.
     """
+    if fd < 0:
+        # Python refuses it before the kernel can, and with an error of another kind.
+        raise BackendError(errno.EBADF, what)
     try:
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:

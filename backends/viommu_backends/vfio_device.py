@@ -50,14 +50,15 @@ class VfioDevice:
     """A device fd, owned and closed here; every mmap of it must be gone by then.
 
     Made from :meth:`~viommu_backends.type1_container.Type1Container.device_fd` or
-    by :func:`open_cdev`.
+    by :func:`open_cdev`. ``number`` is its id in the iommufd that it is bound to.
 
     Raises:
         BackendError: The kernel does not know the fd as a device.
     """
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, number: int | None = None) -> None:
         self.fd = fd
+        self.number = number
         self.name = name
         buffer = bytearray(spec.DEVICE_INFO.pack(spec.DEVICE_INFO.size, 0, 0, 0, 0, 0))
         try:
@@ -218,7 +219,8 @@ def open_cdev(device: HostDevice, iommufd: Iommufd) -> VfioDevice:
     except BackendError:
         os.close(fd)
         raise
-    return VfioDevice(fd, device.address)
+    *_, number = spec.BIND_IOMMUFD.unpack(argument)
+    return VfioDevice(fd, device.address, number)
 
 
 def _areas(info: bytes, flags: int, capability: int) -> tuple[tuple[int, int], ...]:

@@ -12,15 +12,16 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from guest_tests.l1.bench import Bench
 from guest_tests.l1.mock import MOCK_APERTURE, SoftwareDma, mock_domain
+from guest_tests.l1.outcome import number_of
 from guest_tests.l1.pages import PAGE, Pages
-from viommu.errors import Access, BackendError
+from viommu.errors import Access
 from viommu.mapper import AddMapResult, MappingInfo
 from viommu.testing.mapper_machine import PAGES, MapperMachine
 from viommu_backends.iommufd import IommufdMapper
 from viommu_backends.iommufd_context import Iommufd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from viommu.mapper import MemoryMapper
     from viommu.memory.dma_target import DmaNeeds, DmaRegistration, DmaTarget
@@ -64,17 +65,14 @@ def test_a_domain_of_the_mock_has_an_aperture(context: Iommufd) -> None:
     memory = Pages(1)
     ioas = context.alloc_ioas()
     context.map(ioas, MOCK_APERTURE[1], memory.address, PAGE, RW)
-    assert number_of(lambda: mock_domain(context, ioas)) == errno.EADDRINUSE
+    assert number_of(mock_domain, context, ioas) == errno.EADDRINUSE
     context.unmap_all(ioas)
 
     device = mock_domain(context, ioas)
 
     assert context.iova_ranges(ioas).ranges == (MOCK_APERTURE,)
-    assert (
-        number_of(lambda: context.map(ioas, MOCK_APERTURE[1], memory.address, PAGE, RW))
-        == errno.EINVAL
-    )
-    context.destroy(device)
+    assert number_of(context.map, ioas, MOCK_APERTURE[1], memory.address, PAGE, RW) == errno.EINVAL
+    context.destroy(device.selftest)
     context.destroy(ioas)
     memory.close()
 
@@ -127,12 +125,12 @@ def test_an_ioas_holds_what_the_model_says() -> None:
             if R in prot:
                 assert dma.read(iova, 8) == contents
             else:
-                assert number_of(lambda: dma.read(iova, 8)) == refused
+                assert number_of(dma.read, iova, 8) == refused
             if W in prot:
                 dma.write(iova, contents[::-1])
                 assert self.ram.bytes[gpa - GPA : gpa - GPA + 8] == contents[::-1]
             else:
-                assert number_of(lambda: dma.write(iova, contents[::-1])) == refused
+                assert number_of(dma.write, iova, contents[::-1]) == refused
 
         def teardown(self) -> None:
             try:
@@ -161,12 +159,3 @@ def mapper(bench: Bench, context: Iommufd) -> IommufdMapper:
         return bench.regions.register(target, name, needs)
 
     return IommufdMapper(context, [], register)
-
-
-def number_of(attempt: Callable[[], object]) -> int:
-    """Return the error that the kernel refuses an attempt with, 0 if it doesn't."""
-    try:
-        attempt()
-    except BackendError as error:
-        return error.errno
-    return 0

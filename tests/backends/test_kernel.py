@@ -34,6 +34,13 @@ def test_a_refusal_keeps_its_errno_and_says_what_was_asked() -> None:
     assert caught.value.errno in (errno.ENOTTY, errno.EINVAL)
 
 
+def test_nothing_is_asked_of_what_is_closed() -> None:
+    with pytest.raises(BackendError, match="the moon") as caught:
+        ask(-1, 0x3B64, bytearray(4), "the moon")
+
+    assert caught.value.errno == errno.EBADF
+
+
 def test_a_device_file_is_not_left_to_children(tmp_path: Path) -> None:
     path = tmp_path / "device"
     path.touch()

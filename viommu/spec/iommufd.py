@@ -1,8 +1,8 @@
 """The kernel's iommufd: ioctl numbers and structures.
 
-Source: ``<linux/iommufd.h>`` of Linux 7.2, and ``iommufd_test.h`` of the same for
-the selftest. Every number is ``_IO(';', 0x80 + n)``; every structure begins with
-its own size. Ranges end inclusive where the field is called ``last``.
+Source: ``<linux/iommufd.h>`` of Linux 7.2. Every number is ``_IO(';', 0x80 + n)``;
+every structure that is passed to an ioctl begins with its own size. Ranges end
+inclusive where the field is called ``last``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = [
     "IOAS_MAP_WRITEABLE",
     "IOAS_UNMAP",
     "IOVA_RANGE",
-    "SELFTEST_TYPE",
-    "TEST_ACCESS_RW_WRITE",
-    "TEST_CMD_SIZE",
-    "TEST_VEVENTQ_TYPE",
     "UNMAP_ALL_LENGTH",
     "VDEVICE_ALLOC",
     "VEVENTQ_ALLOC",
+    "VEVENTQ_FLAG_LOST_EVENTS",
+    "VEVENT_HEADER",
+    "VEVENT_SEQUENCES",
     "VIOMMU_ALLOC",
-    "VIOMMU_SELFTEST",
+    "HwQueueType",
     "Ioctl",
-    "TestOp",
+    "VeventqType",
+    "ViommuType",
 ]
 
 _BASE: Final = ord(";") << 8 | 0x80
@@ -60,7 +60,6 @@ class Ioctl(enum.IntEnum):
     VDEVICE_ALLOC = _BASE + 0x11
     VEVENTQ_ALLOC = _BASE + 0x13
     HW_QUEUE_ALLOC = _BASE + 0x14
-    TEST_CMD = _BASE + 0x20
 
 
 IOAS_MAP_FIXED_IOVA: Final = 1 << 0
@@ -70,6 +69,30 @@ IOAS_MAP_READABLE: Final = 1 << 2
 UNMAP_ALL_LENGTH: Final = (1 << 64) - 1
 
 HWPT_FLAG_NEST_PARENT: Final = 1 << 0
+
+VEVENTQ_FLAG_LOST_EVENTS: Final = 1 << 0
+VEVENT_SEQUENCES: Final = 1 << 31  # as many; the first one follows the last one
+
+
+class ViommuType(enum.IntEnum):
+    """Drivers that can give a guest its own part of an IOMMU (``enum iommu_viommu_type``)."""
+
+    ARM_SMMUV3 = 1
+    TEGRA241_CMDQV = 2
+
+
+class VeventqType(enum.IntEnum):
+    """What a queue of events reports (``enum iommu_veventq_type``)."""
+
+    ARM_SMMUV3 = 1
+    TEGRA241_CMDQV = 2
+
+
+class HwQueueType(enum.IntEnum):
+    """Queues that hardware reads from guest memory (``enum iommu_hw_queue_type``)."""
+
+    TEGRA241_CMDQV = 1
+
 
 DESTROY: Final = struct.Struct("<II")  # size, id
 IOAS_ALLOC: Final = struct.Struct("<III")  # size, flags, out_ioas_id
@@ -88,26 +111,6 @@ VIOMMU_ALLOC: Final = struct.Struct("<IIIIIIIIQ")
 VDEVICE_ALLOC: Final = struct.Struct("<IIIIQ")  # size, viommu_id, dev_id, out_vdevice_id, virt_id
 # size, flags, viommu_id, type, depth, out_veventq_id, out_veventq_fd, reserved
 VEVENTQ_ALLOC: Final = struct.Struct("<IIIIIIII")
+VEVENT_HEADER: Final = struct.Struct("<II")  # flags, sequence
 # size, flags, viommu_id, type, index, out_hw_queue_id, nesting_parent_iova, length
 HW_QUEUE_ALLOC: Final = struct.Struct("<IIIIIIQQ")
-
-# The selftest (CONFIG_IOMMUFD_TEST): a mock IOMMU that exists in memory only.
-TEST_CMD_SIZE: Final = 72  # size, op, id, reserved, then 56 bytes of the operation's own
-TEST_ACCESS_RW_WRITE: Final = 1 << 0
-SELFTEST_TYPE: Final = 0xDEADBEEF  # of a vIOMMU and a hardware queue
-TEST_VEVENTQ_TYPE: Final = 0xBEEFBEEF
-# in_data, out_data, out_mmap_offset, out_mmap_length
-VIOMMU_SELFTEST: Final = struct.Struct("<IIQQ")
-
-
-class TestOp(enum.IntEnum):
-    """Operations of the selftest."""
-
-    __test__ = False  # pytest: not a test case
-
-    ADD_RESERVED = 1
-    MOCK_DOMAIN = 2
-    CREATE_ACCESS = 5
-    ACCESS_RW = 8
-    MOCK_DOMAIN_REPLACE = 10
-    TRIGGER_VEVENT = 17
