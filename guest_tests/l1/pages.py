@@ -7,7 +7,7 @@ import mmap
 import os
 from typing import Final
 
-__all__ = ["PAGE", "Pages"]
+__all__ = ["PAGE", "DeviceMemory", "Pages"]
 
 PAGE: Final = mmap.PAGESIZE
 
@@ -17,20 +17,17 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED: Final = ctypes.c_void_p(-1).value
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class Pages:
     """``count`` private pages from :attr:`address` on; a page that nobody may touch follows."""
 
-    def __init__(self, count: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
+    def __init__(self, count: int, protection: int = _READ_WRITE) -> None:
         self.size = count * PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = _libc.mmap(None, self.size + PAGE, 0, flags, -1, 0)
-        if address == _FAILED:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self.address: int = address
-        if _libc.mprotect(address, self.size, protection):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.address = _map(self.size + PAGE, 0, flags)
+        _check(_libc.mprotect(self.address, self.size, protection))
 
     @property
     def end(self) -> int:
@@ -49,4 +46,41 @@ class Pages:
 
     def close(self) -> None:
         """Give them back."""
-        _libc.munmap(self.address, self.size + PAGE)
+        _check(_libc.munmap(self.address, self.size + PAGE))
+
+
+class DeviceMemory:
+    """What mmap(2) makes of a device's file; unlike Python's ``mmap`` it can be unmapped in part.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        offset: int,
+        size: int,
+        flags: int = mmap.MAP_SHARED,
+        protection: int = _READ_WRITE,
+    ) -> None:
+        self.address = _map(size, protection, flags, fd, offset)
+
+    def unmap(self, first: int, size: int) -> None:
+        """Unmap ``size`` bytes from ``first`` on, counted from where it began."""
+        _check(_libc.munmap(self.address + first, size))
+
+    def protect(self, first: int, size: int, protection: int) -> None:
+        """Change what ``size`` bytes from ``first`` on may be used for."""
+        _check(_libc.mprotect(self.address + first, size, protection))
+
+
+def _map(size: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    address: int = _libc.mmap(None, size, protection, flags, fd, offset)
+    _check(-1 if address == _FAILED else 0)
+    return address
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

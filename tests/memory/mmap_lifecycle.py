@@ -1,7 +1,8 @@
 """The life of mapped device memory, step by step, with what each step must answer.
 
-The table is of what a client can observe. Any service can be held to it: ours
-here, the kernel's iommufd elsewhere. Every owner offers one area of two pages.
+The table is of what a client can observe. Any service can be held to it: ours is
+here, the kernel's iommufd in ``guest_tests/l1/test_mmap_lifecycle.py``. Every owner
+but the parent offers one area of two pages.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple, Protocol
 
+from tests.memory.recording import PAGE, pages
+from viommu.errors import PeerError
+from viommu.memory.mmap_table import MmapMapping, MmapOwner, MmapTable
+
 OK = 0
+BASE = 0xFE00_0000
 
 
 class Service(Protocol):
@@ -21,10 +27,10 @@ class Service(Protocol):
     def destroy(self, owner: str) -> int:
         """Destroy an owner."""
 
-    def map(self, mapping: str, offset: int, pages: int, how: str = "shared") -> int:
-        """Map pages at an offset in pages: "shared", "private" or "exec"."""
+    def map(self, mapping: str, offset: int, count: int, how: str = "shared") -> int:
+        """Map ``count`` pages at an offset in pages: "shared", "private" or "exec"."""
 
-    def unmap(self, mapping: str, first: int = 0, pages: int = 2) -> int:
+    def unmap(self, mapping: str, first: int = 0, count: int = 2) -> int:
         """Unmap a part of a mapping, counted in pages from where it began."""
 
     def fork(self) -> int:
@@ -35,6 +41,9 @@ class Service(Protocol):
 
     def close(self) -> int:
         """Close the descriptor."""
+
+    def find_nothing(self) -> int:
+        """Answer EBUSY while something of an owner is left."""
 
 
 class Step(NamedTuple):
@@ -103,7 +112,9 @@ LIFECYCLE = [
     Step("close", (), OK),
     Step("map", ("m", 1, 2), errno.EBADF),
     Step("destroy", ("first",), errno.EBADF),
+    Step("find_nothing", (), errno.EBUSY),
     Step("unmap", ("last",), OK),
+    Step("find_nothing", (), OK),
 ]
 
 
@@ -113,3 +124,63 @@ def run(service: Service) -> None:
         answer = getattr(service, step.call)(*step.arguments)
         names = [errno.errorcode.get(code, "OK") for code in (answer, step.answer)]
         assert answer == step.answer, f"step {number}, {step}: {names[0]}, not {names[1]}"
+
+
+class TableService:
+    """A client of our table."""
+
+    def __init__(self) -> None:
+        self.table = MmapTable(PAGE)
+        self.owners: dict[str, MmapOwner] = {}
+        self.mappings: dict[str, MmapMapping] = {}
+        self.inherited: list[MmapMapping] = []
+        self.created: list[str] = []
+        self.released: list[str] = []
+
+    def create(self, owner: str, parent: str | None = None) -> int:
+        made = self.table.add_owner(
+            owner,
+            parent=self.owners[parent] if parent else None,
+            on_release=lambda: self.released.append(owner),
+        )
+        self.owners[owner] = made
+        self.created.append(owner)
+        if parent:
+            assert self.table.offer(made, BASE, 2 * PAGE).offset == OFFSETS[owner] * PAGE
+        return 0
+
+    def destroy(self, owner: str) -> int:
+        try:
+            self.table.destroy(self.owners[owner])
+        except PeerError as error:
+            return error.errno
+        return 0
+
+    def map(self, mapping: str, offset: int, count: int, how: str = "shared") -> int:
+        try:
+            self.mappings[mapping] = self.table.map(
+                offset * PAGE, count * PAGE, shared=how != "private", executable=how == "exec"
+            )
+        except PeerError as error:
+            return error.errno
+        return 0
+
+    def unmap(self, mapping: str, first: int = 0, count: int = 2) -> int:
+        self.mappings[mapping].unmap(pages(first, count))
+        return 0
+
+    def fork(self) -> int:
+        self.inherited = [mapping.fork() for mapping in self.mappings.values()]
+        return 0
+
+    def exit_child(self) -> int:
+        for mapping in self.inherited:
+            mapping.unmap()
+        return 0
+
+    def close(self) -> int:
+        self.table.close()
+        return 0
+
+    def find_nothing(self) -> int:
+        return 0 if sorted(self.released) == sorted(self.created) else errno.EBUSY

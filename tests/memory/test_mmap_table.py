@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.memory.mmap_lifecycle import LIFECYCLE, OFFSETS, Service, run
+from tests.memory.mmap_lifecycle import BASE, LIFECYCLE, Service, TableService, run
 from tests.memory.recording import PAGE, pages
 from viommu.errors import InternalError, PeerError, UsageError
 from viommu.memory.dma_target import AddressRange
@@ -16,63 +16,6 @@ from viommu.memory.mmap_table import MmapArea, MmapMapping, MmapOwner, MmapTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-BASE = 0xFE00_0000
-
-
-class TableService:
-    """A client of our table."""
-
-    def __init__(self) -> None:
-        self.table = MmapTable(PAGE)
-        self.owners: dict[str, MmapOwner] = {}
-        self.mappings: dict[str, MmapMapping] = {}
-        self.inherited: list[MmapMapping] = []
-        self.released: list[str] = []
-
-    def create(self, owner: str, parent: str | None = None) -> int:
-        made = self.table.add_owner(
-            owner,
-            parent=self.owners[parent] if parent else None,
-            on_release=lambda: self.released.append(owner),
-        )
-        self.owners[owner] = made
-        if owner != "parent":
-            assert self.table.offer(made, BASE, 2 * PAGE).offset == OFFSETS[owner] * PAGE
-        return 0
-
-    def destroy(self, owner: str) -> int:
-        try:
-            self.table.destroy(self.owners[owner])
-        except PeerError as error:
-            return error.errno
-        return 0
-
-    def map(self, mapping: str, offset: int, count: int, how: str = "shared") -> int:
-        try:
-            self.mappings[mapping] = self.table.map(
-                offset * PAGE, count * PAGE, shared=how != "private", executable=how == "exec"
-            )
-        except PeerError as error:
-            return error.errno
-        return 0
-
-    def unmap(self, mapping: str, first: int = 0, count: int = 2) -> int:
-        self.mappings[mapping].unmap(pages(first, count))
-        return 0
-
-    def fork(self) -> int:
-        self.inherited = [mapping.fork() for mapping in self.mappings.values()]
-        return 0
-
-    def exit_child(self) -> int:
-        for mapping in self.inherited:
-            mapping.unmap()
-        return 0
-
-    def close(self) -> int:
-        self.table.close()
-        return 0
 
 
 @pytest.fixture
