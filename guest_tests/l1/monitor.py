@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from guest_tests.guest import pci
+from guest_tests.json_lines import JsonLines
 from guest_tests.l1.layout import MONITOR
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Monitor:
         (port,) = pci.path(MONITOR).glob("**/tty/ttyS*")
         self._fd = os.open(Path("/dev") / port.name, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         tty.setraw(self._fd)
-        self._received = b""
+        self._lines = JsonLines()  # the end of the greeting is none of them
         self._events: list[dict[str, Any]] = []
         self._commands = 0
         # The port has echoed the greeting: have it forgotten.
@@ -89,21 +90,11 @@ class Monitor:
                 self._events.append(message)
 
     def _next(self, deadline: float) -> dict[str, Any]:
-        """Return the next message; what isn't one is the end of the greeting."""
-        while True:
-            line, newline, rest = self._received.partition(b"\n")
-            if not newline:
-                self._receive(deadline)
-                continue
-            self._received = rest
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(message, dict):
-                return message
+        while (message := self._lines.take()) is None:
+            self._receive(deadline)
+        return message
 
     def _receive(self, deadline: float) -> None:
         if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError(f"QEMU said nothing more than {self._received!r}")
-        self._received += os.read(self._fd, 65536)
+            raise TimeoutError(f"QEMU said nothing more than {self._lines.rest!r}")
+        self._lines.feed(os.read(self._fd, 65536))
