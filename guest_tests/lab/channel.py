@@ -8,6 +8,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from guest_tests.json_lines import JsonLines
 from guest_tests.lab.errors import GuestCallError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Channel:
         self._listener.bind(str(path))
         self._listener.listen(1)
         self._connection: socket.socket | None = None
-        self._received = b""
+        self._lines = JsonLines()
         self._calls = 0
 
     def close(self) -> None:
@@ -85,19 +86,9 @@ class Channel:
             raise ChannelClosedError from error
 
     def _next(self, deadline: float) -> dict[str, Any]:
-        """Return the next message; what isn't one is noise and left out."""
-        while True:
-            line, newline, rest = self._received.partition(b"\n")
-            if not newline:
-                self._receive(deadline)
-                continue
-            self._received = rest
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(message, dict):
-                return message
+        while (message := self._lines.take()) is None:
+            self._receive(deadline)
+        return message
 
     def _receive(self, deadline: float) -> None:
         source = self._connection or self._listener
@@ -113,4 +104,4 @@ class Channel:
             raise ChannelClosedError from error
         if not data:
             raise ChannelClosedError
-        self._received += data
+        self._lines.feed(data)
