@@ -56,6 +56,18 @@ def test_a_machine_that_hangs_is_lost(machine: VirtualMachine) -> None:
         machine.call("system.kernel_log", timeout=1)
 
 
+def test_a_machine_that_does_not_start_is_lost_at_once(
+    lab: Lab, some_kernel: Kernel, tmp_path: Path
+) -> None:
+    image = Image(some_kernel, build(some_kernel, lab.userland))
+    machine = VirtualMachine(lab.qemu, image, ["-device", "no-such-thing"], tmp_path)
+    try:
+        with pytest.raises(LostVMError, match=r"up: QEMU ended with 1: .*no-such-thing.* not a"):
+            machine.wait_for_boot()
+    finally:
+        machine.kill()
+
+
 def test_what_a_test_started_dies_with_it() -> None:
     child = "import time; print('up', flush=True); time.sleep(600)"
     parent = (

@@ -38,6 +38,7 @@ def test_it_boots_to_a_mounted_file_system_and_ends_with_the_guest(
         process = subprocess.Popen(
             leashed(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
+    channel.watch(process.pid)
     try:
         channel.boot(time.monotonic() + BOOT_SECONDS)
         channel.send("disk.make", {"bdf": DISK, "megabytes": 32})
@@ -50,8 +51,9 @@ def test_it_boots_to_a_mounted_file_system_and_ends_with_the_guest(
         process.kill()
         process.wait()
         channel.close()
+        said = (tmp_path / "output").read_text(errors="replace")
+        print(said)
 
-    said = (tmp_path / "output").read_text(errors="replace")
     assert status == 0, said
     assert "virtio_iommu" in said, "the guest's console isn't on the terminal"
     lab.userland.run("usr/sbin/e2fsck", "-f", "-n", str(disk))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import time
@@ -32,19 +33,30 @@ class ChannelTimeoutError(Exception):
 
 
 class Channel:
-    """Waits at the UNIX socket ``path`` for QEMU's serial port, then speaks with the agent."""
+    """Waits at the UNIX socket ``path`` for QEMU's serial port, then speaks with the agent.
+
+    Of a QEMU that ends before it connects only :meth:`watch` knows.
+    """
 
     def __init__(self, path: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(1)
         self._connection: socket.socket | None = None
+        self._process: int | None = None
         self._lines = JsonLines()
         self._calls = 0
+
+    def watch(self, pid: int) -> None:
+        """Notice the end of ``pid``, the child process that has the other end or is to have it."""
+        self._process = os.pidfd_open(pid)
 
     def close(self) -> None:
         """Close everything; no further call."""
         self._listener.close()
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
         if self._connection is not None:
             self._connection.close()
 
@@ -91,10 +103,13 @@ class Channel:
         return message
 
     def _receive(self, deadline: float) -> None:
-        source = self._connection or self._listener
-        timeout = max(0.0, deadline - time.monotonic())
-        if not select.select([source], [], [], timeout)[0]:
+        source = (self._connection or self._listener).fileno()
+        watched = [source] if self._process is None else [source, self._process]
+        ready = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))[0]
+        if not ready:
             raise ChannelTimeoutError
+        if source not in ready:
+            raise ChannelClosedError
         if self._connection is None:
             self._connection, _ = self._listener.accept()
             return

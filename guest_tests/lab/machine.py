@@ -96,6 +96,7 @@ class VirtualMachine:
                 stdout=output,
                 stderr=output,
             )
+        self._channel.watch(self.process.pid)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -136,8 +137,7 @@ class VirtualMachine:
         try:
             return self._channel.result(time.monotonic() + timeout)
         except (ChannelClosedError, ChannelRestartedError, ChannelTimeoutError) as error:
-            what = f"{self._started} didn't answer within {timeout:g} s"
-            raise self._lost(what, error) from error
+            raise self._lost(f"{self._started} didn't answer", error, timeout) from error
 
     def wait_for_boot(self, timeout: float = BOOT_SECONDS) -> dict[str, Any]:
         """Wait until the guest's agent is up, also after a reboot; return what it says.
@@ -148,7 +148,7 @@ class VirtualMachine:
         try:
             return self._channel.boot(time.monotonic() + timeout)
         except (ChannelClosedError, ChannelTimeoutError) as error:
-            raise self._lost(f"the guest wasn't up within {timeout:g} s", error) from error
+            raise self._lost("the guest wasn't up", error, timeout) from error
 
     def console(self) -> str:
         """Return what the guest's kernel has printed, over all its boots."""
@@ -183,8 +183,10 @@ class VirtualMachine:
         self.process.wait()
         self._channel.close()
 
-    def _lost(self, what: str, error: Exception) -> LostVMError:
-        if isinstance(error, ChannelClosedError):
+    def _lost(self, what: str, error: Exception, seconds: float = 0.0) -> LostVMError:
+        if isinstance(error, ChannelTimeoutError):
+            what = f"{what} within {seconds:g} s"
+        elif isinstance(error, ChannelClosedError):
             status = self.process.wait(_POWER_OFF_SECONDS)
             what = f"{what}: QEMU ended with {status}"
         elif isinstance(error, ChannelRestartedError):
