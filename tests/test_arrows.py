@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "device": GROUND | {"domain", "events"} | MAPPING,
     # Transports. The vfio-user server defines the protocol of what it serves and
     # knows neither PCI nor virtio; PCI implements that protocol; virtio sits on PCI.
-    "vfio_user": GROUND | WAITING | {"memory"},
+    "vfio_user": GROUND | WAITING | {"iova", "mapper", "memory"},
     "pci": GROUND | WAITING | {"memory", "vfio_user"},
     "virtio": GROUND | WAITING | DEVICE | {"memory", "pci", "vfio_user"},
     "endpoints": GROUND | WAITING | MAPPING | SERVING | {"domain", "memory"},
