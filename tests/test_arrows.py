@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # Backends stand behind `mapper` and see what a domain tells them, never the device. What
 # of them is an endpoint, is one as `endpoints` says, and serves itself.
-BACKENDS = GROUND | WAITING | MAPPING | {"domain", "endpoints", "memory", "vfio_user"}
+BACKENDS = GROUND | WAITING | MAPPING | SERVING | {"domain", "endpoints", "memory"}
 # Shipped for tests (ours and other people's) and for the demonstration: may import
 # anything, and only these modules may import it.
 TESTING_USERS = {"viommu.cli.demo"}

@@ -1,4 +1,4 @@
-"""The BARs of a host device: which parts can be mapped, and where they are in guest memory.
+"""The BARs of a host device, where they are in guest memory.
 
 A BAR that the guest has placed is a region of guest memory, so other devices
 reach it: peer-to-peer DMA. Ranges are half-open.
@@ -11,46 +11,18 @@ from typing import TYPE_CHECKING, Final
 
 from viommu.errors import BackendError, PeerError
 from viommu.memory.dma_target import AddressRange, MemoryKind
-from viommu.memory.fixed_mapping import page_size
-from viommu.spec import vfio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from viommu.memory.backing import FileBacking
     from viommu.memory.region import Region
     from viommu.memory.regions import RegionManager
-    from viommu_backends.passthrough.config import MsixPlace
     from viommu_backends.vfio_device import HostRegion
 
-__all__ = ["BarRegions", "mappable_areas"]
+__all__ = ["BarRegions"]
 
 _log: Final = logging.getLogger(__name__)
-
-
-def mappable_areas(
-    bar: int, region: HostRegion, taken: Iterable[MsixPlace]
-) -> tuple[tuple[int, int], ...]:
-    """Return (offset, size) of the parts of a BAR that may be mapped, whole pages each.
-
-    The pages that hold MSI-X structures, ``taken``, may not, though newer kernels
-    would let them: the VMM has to see what a guest writes there.
-    """
-    if not region.flags & vfio.REGION_INFO_FLAG_MMAP:
-        return ()
-    page = page_size()
-    ranges = [(at, at + size) for at, size in region.areas] or [(0, region.size)]
-    for place in taken:
-        if place.bar == bar:
-            hole = place.start // page * page, -(-place.end // page) * page
-            ranges = [piece for whole in ranges for piece in _without(whole, hole)]
-    pages = [(-(-start // page) * page, end // page * page) for start, end in sorted(ranges)]
-    return tuple((start, end - start) for start, end in pages if start < end)
-
-
-def _without(whole: tuple[int, int], hole: tuple[int, int]) -> list[tuple[int, int]]:
-    pieces = (whole[0], min(whole[1], hole[0])), (max(whole[0], hole[1]), whole[1])
-    return [(start, end) for start, end in pieces if start < end]
 
 
 class BarRegions:
@@ -60,7 +32,7 @@ class BarRegions:
         name: What messages call the device.
         file: The device's BARs as a file; a use of it is taken for each area in place.
         host: What the kernel says of each BAR.
-        areas: The mappable parts of each, see :func:`mappable_areas`.
+        areas: The mappable parts of each, see :func:`~viommu.pci.layout.mappable_areas`.
         manager: Who tells other devices.
     """
 

@@ -10,16 +10,17 @@ Source: PCI Local Bus 3.0, chapter 6; ``drivers/vfio/pci/vfio_pci_config.c``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
+from viommu.pci.layout import ConfigLayout, MsixPlace, overlay
 from viommu.spec import pci, vfio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from viommu_backends.vfio_device import HostRegion
 
-__all__ = ["HostConfig", "MsixPlace"]
+__all__ = ["HostConfig"]
 
 _CONFIG: Final = vfio.PCI_CONFIG_REGION_INDEX
 _BARS: Final = (pci.BASE_ADDRESS_0, pci.BASE_ADDRESS_0 + 4 * pci.NUM_BARS)
@@ -38,14 +39,6 @@ class _Device(Protocol):
         """Write a region."""
 
 
-class MsixPlace(NamedTuple):
-    """``[start, end)`` of a BAR, which holds the table or the pending bits of MSI-X."""
-
-    bar: int
-    start: int
-    end: int
-
-
 class HostConfig:
     """Configuration space of ``device``; ``size`` is the host's, 256 bytes or 4096.
 
@@ -57,17 +50,15 @@ class HostConfig:
         self._device = device
         self.size = device.regions[_CONFIG].size
         self._sizes = [region.size for region in device.regions[: pci.NUM_BARS]]
-        legacy = device.read(_CONFIG, 0, pci.LEGACY_CONFIG_SPACE_SIZE)
-        self._capabilities = _capabilities(legacy)
-        self._reset_bits = dict(_reset_bits(legacy, self._capabilities))
-        power = self._capabilities.get(pci.CAP_ID_PM)
+        self._layout = ConfigLayout(device.read(_CONFIG, 0, pci.LEGACY_CONFIG_SPACE_SIZE))
+        power = self._layout.find(pci.CAP_ID_PM)
         self._power = power and power + pci.PM_CTRL
 
     def read(self, offset: int, count: int) -> bytes:
         """Return ``count`` bytes as the guest sees them."""
         data = bytearray(self._device.read(_CONFIG, offset, count))
-        _overlay(data, offset, _ROM[0], bytes(4))
-        _overlay(data, offset, pci.INTERRUPT_PIN, b"\0")
+        overlay(data, offset, _ROM[0], bytes(4))
+        overlay(data, offset, pci.INTERRUPT_PIN, b"\0")
         return bytes(data)
 
     def filter(self, offset: int, data: bytes) -> tuple[bytes, bool]:
@@ -76,12 +67,12 @@ class HostConfig:
         A function's interrupt pin must stay silent when the guest doesn't know of it.
         """
         filtered = bytearray(data)
-        _overlay(filtered, offset, _ROM[0], bytes(4))
+        overlay(filtered, offset, _ROM[0], bytes(4))
         silent = pci.COMMAND + 1 - offset
         if 0 <= silent < len(data):
             filtered[silent] |= pci.COMMAND_INTX_DISABLE >> 8
         reset = False
-        for at, bit in self._reset_bits.items():
+        for at, bit in self._layout.reset_bits.items():
             index = at - offset
             if 0 <= index < len(data) and data[index] & bit:
                 filtered[index] &= ~bit
@@ -109,20 +100,7 @@ class HostConfig:
     @property
     def msix(self) -> tuple[MsixPlace, ...]:
         """Where the table and the pending bits of MSI-X are; empty without MSI-X."""
-        at = self._capabilities.get(pci.CAP_ID_MSIX)
-        if at is None:
-            return ()
-        control, table, pending = pci.MSIX.unpack(self._device.read(_CONFIG, at + 2, 10))
-        vectors = (control & pci.MSIX_CTRL_TABLE_SIZE) + 1
-        sizes = (vectors * pci.MSIX_ENTRY_SIZE, -(-vectors // 64) * 8)
-        return tuple(
-            MsixPlace(
-                place & pci.MSIX_PLACE_BAR,
-                place & ~pci.MSIX_PLACE_BAR,
-                (place & ~pci.MSIX_PLACE_BAR) + size,
-            )
-            for place, size in zip((table, pending), sizes, strict=True)
-        )
+        return self._layout.msix
 
     def places_bars(self, offset: int, size: int) -> bool:
         """Return whether a write there may change where BARs are, or whether they are."""
@@ -144,7 +122,7 @@ class HostConfig:
         """
         now = self._device.read(_CONFIG, 0, pci.HEADER_SIZE)
         header = bytearray(now)
-        _overlay(header, 0, offset, data)
+        overlay(header, 0, offset, data)
         command = int.from_bytes(header[pci.COMMAND : pci.COMMAND + 2], "little")
         if not command & pci.COMMAND_MEMORY or not self._is_awake(offset, data):
             return {}
@@ -154,39 +132,8 @@ class HostConfig:
         if self._power is None:
             return True
         state = bytearray(self._device.read(_CONFIG, self._power, 1))
-        _overlay(state, self._power, offset, data)
+        overlay(state, self._power, offset, data)
         return state[0] & pci.PM_CTRL_STATE == pci.PM_STATE_D0
-
-
-def _overlay(target: bytearray, target_at: int, at: int, data: bytes) -> None:
-    """Copy ``data``, which begins at ``at``, over the part of ``target`` that is there."""
-    start, end = max(at, target_at), min(at + len(data), target_at + len(target))
-    if start < end:
-        target[start - target_at : end - target_at] = data[start - at : end - at]
-
-
-def _capabilities(config: bytes) -> dict[int, int]:
-    """Return where the first capability of each kind is."""
-    status = int.from_bytes(config[pci.STATUS : pci.STATUS + 2], "little")
-    found: dict[int, int] = {}
-    at = config[pci.CAPABILITY_LIST] & ~3 if status & pci.STATUS_CAP_LIST else 0
-    left = pci.LEGACY_CONFIG_SPACE_SIZE // 4  # a broken device's chain may be a ring
-    while at >= pci.HEADER_SIZE and left:
-        found.setdefault(config[at], at)
-        at = config[at + 1] & ~3
-        left -= 1
-    return found
-
-
-def _reset_bits(config: bytes, capabilities: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield where a function level reset is asked for: which byte, and which of its bits."""
-    if express := capabilities.get(pci.CAP_ID_EXPRESS):
-        at = express + pci.EXP_DEVCAP
-        if int.from_bytes(config[at : at + 4], "little") & pci.EXP_DEVCAP_FLR:
-            yield express + pci.EXP_DEVCTL + 1, pci.EXP_DEVCTL_FLR >> 8
-    advanced = capabilities.get(pci.CAP_ID_AF)
-    if advanced and config[advanced + pci.AF_CAP] & pci.AF_CAP_FLR:
-        yield advanced + pci.AF_CTRL, pci.AF_CTRL_FLR
 
 
 def _registers(header: bytes | bytearray) -> list[int]:

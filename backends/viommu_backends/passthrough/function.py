@@ -6,10 +6,11 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from viommu.errors import BackendError
+from viommu.pci.layout import mappable_areas
 from viommu.spec import pci, vfio
 from viommu.vfio_user import RegionInfo
 from viommu_backends.bar_file import BarFile
-from viommu_backends.passthrough.bars import BarRegions, mappable_areas
+from viommu_backends.passthrough.bars import BarRegions
 from viommu_backends.passthrough.config import HostConfig
 from viommu_backends.passthrough.irqs import KernelIrqs
 from viommu_backends.passthrough.reset import HostReset

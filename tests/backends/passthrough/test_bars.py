@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tests.backends.passthrough.fake_device import BAR0, BAR2, MAPPABLE, READ_WRITE, FakeVfioDevice
+from tests.backends.passthrough.fake_device import BAR0, BAR2, FakeVfioDevice
 from tests.memory.recording import RecordingTarget
 from viommu.errors import BackendError
 from viommu.memory.dma_target import AddressRange, DmaNeeds, MemoryKind
 from viommu.memory.regions import RegionManager
 from viommu_backends.bar_file import BarFile
-from viommu_backends.passthrough.bars import BarRegions, mappable_areas
-from viommu_backends.passthrough.config import MsixPlace
-from viommu_backends.vfio_device import HostRegion
+from viommu_backends.passthrough.bars import BarRegions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,42 +21,6 @@ if TYPE_CHECKING:
 
 PAGE = mmap.PAGESIZE
 AREAS = {0: ((0, 0x2000), (0x4000, 0x4000)), 2: ((0, BAR2),), 5: ()}
-
-
-@pytest.mark.parametrize(
-    ("size", "flags", "areas", "taken", "expected"),
-    [
-        (0x8000, MAPPABLE, (), [], [(0, 0x8000)]),
-        (0x8000, READ_WRITE, (), [], []),
-        (0x8000, MAPPABLE, (), [MsixPlace(1, 0, 0x8000)], [(0, 0x8000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x2000, 0x2080)], [(0, 0x2000), (0x3000, 0x5000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x0, 0x10)], [(0x1000, 0x7000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x7FF8, 0x8000)], [(0, 0x7000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x1FF0, 0x2010)], [(0, 0x1000), (0x3000, 0x5000)]),
-        (0x1000, MAPPABLE, (), [MsixPlace(0, 0x800, 0x900)], []),
-        (0x100, MAPPABLE, (), [], []),
-        (0x1100, MAPPABLE, (), [], [(0, 0x1000)]),
-        (0x8000, MAPPABLE, ((0x4000, 0x4000), (0, 0x1000)), [], [(0, 0x1000), (0x4000, 0x4000)]),
-        (0x8000, MAPPABLE, ((0x800, 0x2000),), [], [(0x1000, 0x1000)]),
-        (
-            0x8000,
-            MAPPABLE,
-            ((0, 0x8000),),
-            [MsixPlace(0, 0x2000, 0x2080), MsixPlace(0, 0x3000, 0x3008)],
-            [(0, 0x2000), (0x4000, 0x4000)],
-        ),
-    ],
-)
-def test_what_can_be_mapped(
-    size: int,
-    flags: int,
-    areas: tuple[tuple[int, int], ...],
-    taken: list[MsixPlace],
-    expected: list[tuple[int, int]],
-) -> None:
-    region = HostRegion(size, flags, 0, areas)
-
-    assert list(mappable_areas(0, region, taken)) == expected
 
 
 class Rig:

@@ -11,8 +11,9 @@ from tests.backends.passthrough.fake_device import (
     PM,
     FakeVfioDevice,
 )
+from viommu.pci.layout import MsixPlace
 from viommu.spec import pci
-from viommu_backends.passthrough.config import HostConfig, MsixPlace
+from viommu_backends.passthrough.config import HostConfig
 
 MEMORY = pci.COMMAND_MEMORY
 SILENT = pci.COMMAND_INTX_DISABLE >> 8
