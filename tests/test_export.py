@@ -16,6 +16,7 @@ from viommu.errors import (
     ExportError,
     GuestMemoryError,
     InternalError,
+    NotMappable,
     SessionFaulted,
     TranslationFault,
     UsageError,
@@ -29,6 +30,7 @@ from viommu.export import (
     SessionState,
 )
 from viommu.mapper import MappingInfo
+from viommu.memory.by_message import MessageMemory
 from viommu.memory.files import MappedFiles
 from viommu.memory.guest import GuestMemory
 
@@ -344,3 +346,111 @@ def test_a_faulted_region_stays_readable_until_it_is_released(world: World) -> N
     region.release()
     assert resolution is not None
     assert resolution.is_set()
+
+
+class Copied:
+    """Two mapped pages, of which the second leads to memory that is reached by messages."""
+
+    def __init__(self) -> None:
+        self.behind = bytearray(os.urandom(PAGE))  # at GPA 0x10000
+        self.refuses = False
+        self.memory = MessageMemory()
+        self.memory.port = self
+        fd = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, PAGE)
+        file = MappedFiles().get(fd, 0, PAGE, writable=True)
+        os.close(fd)
+        self.memory.map(0, PAGE, readable=True, writable=True, file=file)
+        self.memory.map(0x10000, PAGE, readable=True, writable=True, file=None)
+        self.mapper = BasicMemoryMapper()
+        self.mapper.add_map(MappingInfo(0, 0, PAGE, RW))
+        self.mapper.add_map(MappingInfo(PAGE, 0x10000, PAGE, RW))
+        self.fault = self.mapper.start_export_session()
+
+    def read(self, gpa: int, size: int) -> bytes:
+        self._check(gpa, size)
+        return bytes(self.behind[gpa - 0x10000 :][:size])
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        self._check(gpa, len(data))
+        self.behind[gpa - 0x10000 : gpa - 0x10000 + len(data)] = data
+
+    def _check(self, gpa: int, size: int) -> None:
+        if self.refuses:
+            raise GuestMemoryError(gpa, size, "refused")
+
+    def region(self, iova: int, size: int, access: Access) -> ExportedRegion:
+        return ExportedRegion(self.mapper, self.memory, iova, size, access)
+
+
+@pytest.fixture
+def copied() -> Iterator[Copied]:
+    copied = Copied()
+    yield copied
+    assert copied.mapper.exports.total == 0
+    copied.memory.close()
+    copied.fault.close()
+
+
+def test_views_of_what_has_none_are_copies_that_the_release_writes_back(copied: Copied) -> None:
+    behind = bytes(copied.behind)
+    region = copied.region(PAGE - 4, 16, Access.WRITE)
+    shared, copy = region.views()
+    shared[:], copy[:] = b"near", b"far away ..."
+    assert copied.memory.read(PAGE - 4, 4) == b"near"
+    assert copied.behind == behind
+    region.release()
+    assert copied.behind == b"far away ..." + behind[12:]
+    region.release()
+
+
+def test_only_what_was_looked_at_is_written_back(copied: Copied) -> None:
+    behind = bytes(copied.behind)
+    with copied.region(PAGE, PAGE, Access.WRITE) as region:
+        region.views(0, 8)[0][:4] = b"data"
+        region.views(4, 8)[0][:4] = b"more"
+        assert bytes(region.views(0, 12)[0]) == b"datamore" + bytes(4)
+    assert copied.behind == b"datamore" + bytes(4) + behind[12:]
+
+
+def test_copies_for_reading_too_begin_as_the_memory(copied: Copied) -> None:
+    behind = bytes(copied.behind)
+    with copied.region(PAGE, 64, RW) as region:
+        (view,) = region.views(8, 8)
+        assert view == behind[8:16]
+        view[:2] = b"me"
+    assert copied.behind == behind[:8] + b"me" + behind[10:]
+
+
+def test_copies_for_reading_are_not_written_back(copied: Copied) -> None:
+    with copied.region(PAGE, 16, Access.READ) as region:
+        (view,) = region.views()
+        assert view == copied.behind[:16]
+        assert view.readonly
+        copied.refuses = True
+
+
+def test_a_copy_that_can_not_be_written_back_is_an_error_and_released(copied: Copied) -> None:
+    region = copied.region(PAGE, 16, Access.WRITE)
+    region.views()
+    copied.refuses = True
+    with pytest.raises(GuestMemoryError, match="refused"):
+        region.release()
+    assert region.released
+
+
+def test_copies_can_be_declined(copied: Copied) -> None:
+    with copied.region(PAGE - 4, 16, RW) as region:
+        with pytest.raises(NotMappable):
+            region.views(copies=False)
+        assert [bytes(view) for view in region.views(0, 4, copies=False)] == [
+            copied.memory.read(PAGE - 4, 4)
+        ]
+
+
+def test_data_is_written_through_wherever_it_goes(copied: Copied) -> None:
+    behind = bytes(copied.behind)
+    with copied.region(PAGE - 4, 16, Access.WRITE) as region:
+        region.write(b"straight", offset=2)
+        assert copied.memory.read(PAGE - 2, 2) == b"st"
+        assert copied.behind == b"raight" + behind[6:]

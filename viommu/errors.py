@@ -5,6 +5,7 @@
     * :exc:`TranslationFault` - an endpoint touched what is not mapped
     * :exc:`RingError` - the guest broke a virtqueue; the device needs a reset
     * :exc:`GuestMemoryError` - a guest physical address that is not memory, or not writable
+        * :exc:`NotMappable` - memory that can be read and written, but there are no views of it
     * :exc:`PeerError` - a vfio-user peer (VMM or device) broke the protocol; carries an errno
         * :exc:`MemoryNotShared` - the VMM's guest memory can't be shared with us
     * :exc:`ExportError` - a client misused its export session
@@ -33,6 +34,7 @@ __all__ = [
     "GuestMemoryError",
     "InternalError",
     "MemoryNotShared",
+    "NotMappable",
     "PeerError",
     "RingError",
     "SessionFaulted",
@@ -97,6 +99,10 @@ class GuestMemoryError(ViommuError):
         super().__init__(f"guest memory [{gpa:#x}, {gpa + size:#x}): {why}")
         self.gpa = gpa
         self.size = size
+
+
+class NotMappable(GuestMemoryError):
+    """Guest memory that is read and written by messages: it can be copied, but not viewed."""
 
 
 class PeerError(ViommuError):

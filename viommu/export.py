@@ -20,6 +20,7 @@ from viommu.errors import (
     Access,
     ExportError,
     InternalError,
+    NotMappable,
     SessionFaulted,
     TranslationFault,
     UsageError,
@@ -237,6 +238,9 @@ class ExportedRegion:
         ExportError: No session, or too many exports.
         GuestMemoryError: Mapped to what is not guest memory (from :meth:`views`,
             :meth:`read` and :meth:`write`, so that holding such a range is possible).
+
+    Memory that is reached by messages only (:exc:`~viommu.errors.NotMappable`) is
+    seen as copies, and written back by :meth:`release`.
     """
 
     def __init__(
@@ -255,6 +259,9 @@ class ExportedRegion:
                 ExportedRegion(mapper, memory, iova, fault.iova - iova, access).release()
             raise TranslationFault(fault.iova, access, fault.reason) from None
         self._open = True
+        # What stands for memory that has no views, and the parts of it that were given out.
+        self._copy = bytearray()
+        self._copied: set[tuple[int, int, int]] = set()  # offset, size, GPA
         at = iova
         for region in self.regions:
             if access & ~region.prot:
@@ -267,17 +274,29 @@ class ExportedRegion:
         """Whether :meth:`release` has been called."""
         return not self._open
 
-    def views(self, offset: int = 0, size: int | None = None) -> list[memoryview]:
+    def views(
+        self, offset: int = 0, size: int | None = None, *, copies: bool = True
+    ) -> list[memoryview]:
         """Return views of ``[offset, offset + size)`` in order, valid until the release.
+
+        Of memory that has none they are views of a copy. What the caller doesn't
+        write of it becomes zero, unless the region was exported for reading too.
 
         Raises:
             UsageError: Outside the region, or the region was released.
             GuestMemoryError: Mapped, but no guest memory there.
+            NotMappable: There are only ``copies``, which are not wanted.
         """
         views: list[memoryview] = []
         write = Access.WRITE in self.access
         for gpa, length in self._pieces(offset, size):
-            views += self._memory.views(gpa, length, write=write)
+            try:
+                views += self._memory.views(gpa, length, write=write)
+            except NotMappable:
+                if not copies:
+                    raise
+                views.append(self._view_of_copy(offset, length, gpa))
+            offset += length
         return views
 
     def read(self, offset: int = 0, size: int | None = None) -> bytes:
@@ -288,25 +307,52 @@ class ExportedRegion:
         return b"".join([self._memory.read(gpa, length) for gpa, length in pieces])
 
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> None:
-        """Copy ``data`` in, all of it or nothing; raises as :meth:`views` does."""
+        """Copy ``data`` in, all of it or nothing; raises as :meth:`views` does.
+
+        What is reached by messages may be written in part when one of them fails.
+        """
         if Access.WRITE not in self.access:
             raise UsageError(f"writing a region exported for {self.access}")
         at = 0
-        for view in self.views(offset, len(data)):
+        try:
+            views = self.views(offset, len(data), copies=False)
+        except NotMappable:
+            for gpa, length in self._pieces(offset, len(data)):
+                self._memory.write(gpa, data[at : at + length])
+                at += length
+            return
+        for view in views:
             view[:] = data[at : at + len(view)]
             at += len(view)
 
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """Let go; a second call does nothing.
+
+        Raises:
+            GuestMemoryError: What was written to copies can't be written back. The
+                region is released all the same.
+        """
         if self._open:
             self._open = False
-            self._mapper.release(self.iova, self.size)
+            try:
+                for offset, length, gpa in sorted(self._copied):
+                    self._memory.write(gpa, self._copy[offset : offset + length])
+            finally:
+                self._mapper.release(self.iova, self.size)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+    def _view_of_copy(self, offset: int, size: int, gpa: int) -> memoryview:
+        if Access.WRITE not in self.access:
+            return memoryview(self._memory.read(gpa, size))
+        if not self._copy:
+            self._copy[:] = self.read() if Access.READ in self.access else bytes(self.size)
+        self._copied.add((offset, size, gpa))
+        return memoryview(self._copy)[offset : offset + size]
 
     def _pieces(self, offset: int, size: int | None) -> list[tuple[int, int]]:
         """Cut ``[offset, offset + size)`` into (gpa, length) pieces."""

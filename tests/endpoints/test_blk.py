@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.endpoints.rig import PAGE, Rig, make_rig
+from tests.endpoints.rig import MEMORY_KINDS, PAGE, Rig, make_rig
 from viommu.endpoints.blk import BlkDevice
 from viommu.errors import UsageError
 from viommu.pci.function import ResetKind
@@ -47,9 +47,9 @@ class Transport:
         raise AssertionError
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with make_rig() as rig:
+@pytest.fixture(params=MEMORY_KINDS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with make_rig(request.param) as rig:
         rig.map(IOVA, 0, 32 * PAGE)
         yield rig
 
@@ -229,6 +229,7 @@ def test_a_queue_that_was_not_enabled_is_no_queue(rig: Rig, make: Callable[..., 
     device.notify(0)
 
 
+@pytest.mark.parametrize("rig", ["shared"], indirect=True)
 def test_idle_rings_let_go_when_they_are_unmapped(rig: Rig, make: Callable[..., BlkDevice]) -> None:
     driver = Driver(rig, make())
     driver.run(RequestType.FLUSH)
@@ -243,6 +244,45 @@ def test_idle_rings_let_go_when_they_are_unmapped(rig: Rig, make: Callable[..., 
     driver.kick()
     assert len(driver.transport.broken) == 1
     assert [fault.iova for fault in rig.faults] == [IOVA]
+
+
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+def test_rings_without_views_hold_nothing(rig: Rig, make: Callable[..., BlkDevice]) -> None:
+    driver = Driver(rig, make())
+    driver.run(RequestType.FLUSH)
+    assert rig.unmap(IOVA, 32 * PAGE) is None
+    driver.add(RequestType.FLUSH)
+    driver.kick()
+    assert len(driver.transport.broken) == 1
+
+
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+def test_messages_come_in_the_order_that_the_driver_relies_on(
+    rig: Rig, make: Callable[..., BlkDevice], image: Path
+) -> None:
+    """The data, then the status, then the used element, and last the index that shows it."""
+    driver = Driver(rig, make())
+    driver.add(RequestType.IN, room=512)
+    driver.kick()
+    layout = RingLayout.at(0, QUEUE_SIZE)
+    results = [gpa for gpa in rig.port.written if gpa != layout.used]  # its flags
+    assert results == [DATA_AT, STATUS_AT, layout.used + 4, layout.used + 8, layout.used + 2]
+    assert rig.memory.read(DATA_AT, 512) == image.read_bytes()[:512]
+
+
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+@pytest.mark.parametrize("where", ["avail", "used", "desc"])
+def test_a_ring_that_the_vmm_refuses_breaks_the_device(
+    rig: Rig, make: Callable[..., BlkDevice], where: str
+) -> None:
+    driver = Driver(rig, make())
+    driver.run(RequestType.FLUSH)
+    start = getattr(RingLayout.at(0, QUEUE_SIZE), where)
+    rig.port.refused = range(start, start + 8)
+    driver.add(RequestType.FLUSH)
+    driver.kick()
+    assert len(driver.transport.broken) == 1
+    assert "the VMM refuses" in driver.transport.broken[0]
 
 
 def test_rings_that_moved_meanwhile_are_found_again(

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.endpoints.rig import PAGE, RAM_SIZE, Rig, make_rig
+from tests.endpoints.rig import MEMORY_KINDS, PAGE, RAM_SIZE, Rig, make_rig
 from viommu.endpoints import disk_file
 from viommu.endpoints.blk_requests import BlkLimits, BlkRequests, _cut
 from viommu.endpoints.disk_file import DiskFile
-from viommu.errors import Access
+from viommu.errors import Access, GuestMemoryError
 from viommu.spec.virtio_blk import HEADER, SEGMENT, RequestType, Status
 from viommu.virtio.ring import Chain
 
@@ -83,9 +83,9 @@ class Bench(NamedTuple):
         return self.path.read_bytes()
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with make_rig() as rig:
+@pytest.fixture(params=MEMORY_KINDS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with make_rig(request.param) as rig:
         rig.map(IOVA, 0, RAM_SIZE // 2)
         yield rig
 
@@ -398,6 +398,33 @@ def test_cut_names_the_same_bytes(pieces: list[tuple[int, int]], offset: int, si
     assert all(end != start for end, (start, _) in zip(ends, cut[1:], strict=False))
 
 
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+def test_data_that_the_vmm_does_not_take_is_an_io_error(bench: Bench) -> None:
+    """It is written when the exports are released, so that must come before the status."""
+    chain = bench.chain(RequestType.IN, room=512)
+    bench.rig.port.refused = range(DATA_AT, DATA_AT + 1)
+    assert bench.run(chain) == (Status.IOERR, 0)
+
+
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+def test_data_that_the_vmm_does_not_give_is_an_io_error(bench: Bench) -> None:
+    before = bench.content
+    chain = bench.chain(RequestType.OUT, out=bytes(512))
+    bench.rig.port.refused = range(DATA_AT + 511, DATA_AT + 512)
+    assert bench.run(chain) == (Status.IOERR, 1)
+    assert bench.content == before
+
+
+@pytest.mark.parametrize("rig", ["by message"], indirect=True)
+def test_a_status_that_the_vmm_does_not_take_is_unreachable_memory(bench: Bench) -> None:
+    chain = bench.chain(RequestType.FLUSH)
+    bench.rig.port.refused = range(STATUS_AT, STATUS_AT + 1)
+    with pytest.raises(GuestMemoryError):  # which the runner gives back as nothing written
+        bench.run(chain)
+    assert bench.rig.exports == 0
+    assert bench.status == UNTOUCHED
+
+
 @given(data=st.data())
 def test_random_requests_never_raise_or_leak(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -407,7 +434,8 @@ def test_random_requests_never_raise_or_leak(
     pieces = st.lists(piece.map(lambda p: (p[0], min(p[1], 2**64 - p[0]))), max_size=4)
     path = tmp_path_factory.getbasetemp() / "random.img"
     path.write_bytes(bytes(4096))
-    with closing(DiskFile(path)) as disk, make_rig() as rig:
+    kinds = st.sampled_from(MEMORY_KINDS)
+    with closing(DiskFile(path)) as disk, make_rig(data.draw(kinds)) as rig:
         rig.map(IOVA, 0, 2 * PAGE)
         rig.map(IOVA + 2 * PAGE, 3 * PAGE, PAGE, Access.READ)
         rig.map(IOVA + 3 * PAGE, RAM_SIZE, PAGE)

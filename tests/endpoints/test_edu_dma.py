@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.endpoints.rig import PAGE, RAM_SIZE, Rig, make_rig
+from tests.endpoints.rig import MEMORY_KINDS, PAGE, RAM_SIZE, Rig, make_rig
 from viommu.endpoints.edu_dma import DmaEngine
 from viommu.endpoints.edu_registers import (
     BUFFER_SIZE,
@@ -26,9 +26,9 @@ TO_MEMORY = Command.RUN | Command.TO_MEMORY
 FROM_MEMORY = Command.RUN
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with make_rig() as rig:
+@pytest.fixture(params=MEMORY_KINDS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with make_rig(request.param) as rig:
         yield rig
 
 
@@ -233,9 +233,10 @@ def test_an_unmap_waits_until_a_held_transfer_has_finished(rig: Rig) -> None:
 
 def test_a_fault_without_a_transfer_is_none_of_its_business(rig: Rig, engine: Engine) -> None:
     rig.map(IOVA, GPA, PAGE)
-    rig.dma.views(IOVA, 8, write=False)
+    other = rig.dma.export(IOVA, 8, Access.READ)
     rig.unmap(IOVA, PAGE)
     rig.advance(0)
+    other.release()
     assert (engine.faulted_at, engine.transfers) == (0, 0)
 
 

@@ -55,6 +55,16 @@ def add(
         raise
 
 
+def test_the_region_at_an_address_is_found(memory: GuestMemory, file: MappedFile) -> None:
+    assert memory.region_at(0) is None
+    add(memory, PAGE, PAGE, file)
+    memory.map(2 * PAGE, PAGE, readable=True, writable=False, file=None)
+    assert memory.region_at(PAGE - 1) is None
+    assert memory.region_at(PAGE) == memory.region_at(2 * PAGE - 1) == memory.regions()[0]
+    assert memory.region_at(2 * PAGE) == memory.regions()[1]
+    assert memory.region_at(3 * PAGE) is None
+
+
 def test_read_and_write(memory: GuestMemory, file: MappedFile) -> None:
     add(memory, 0x10000, 4 * PAGE, file, PAGE)
     memory.write(0x10004, b"hello")

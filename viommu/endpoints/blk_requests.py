@@ -122,7 +122,7 @@ class BlkRequests:
                 sector,
                 _cut(chain.readable, HEADER.size, chain.readable_size - HEADER.size),
                 _cut(chain.writable, 0, buffer_size),
-                exports,
+                ExitStack(),
             )
             status[0], written = self._attempt(kind, request)
         return written + STATUS_SIZE if written == buffer_size else written
@@ -136,7 +136,10 @@ class BlkRequests:
     def _attempt(self, kind: int | None, request: _Request) -> tuple[Status, int]:
         """Return the status and how much of the buffer was written."""
         try:
-            return Status.OK, self._execute(kind, request)
+            # What was exported is released before the status says that all went well:
+            # memory that is reached by messages is written then, and may fail.
+            with request.exports:
+                written = self._execute(kind, request)
         except _RequestError as error:
             return error.status, 0
         except _DMA_ERRORS:
@@ -147,6 +150,7 @@ class BlkRequests:
                 self._logged.add(error.errno)
                 _log.error("%s: I/O error: %s", self._disk.path, error.strerror)
             return Status.IOERR, 0
+        return Status.OK, written
 
     def _execute(self, kind: int | None, request: _Request) -> int:
         match kind:

@@ -119,7 +119,8 @@ class EndpointDma:
         """Return views of a range that stays exported until :meth:`drop_views` or a fault.
 
         Meant for rings: asking again for the same range costs nothing and pins
-        nothing more. Raises as :meth:`read` does.
+        nothing more. Raises as :meth:`read` does; and
+        :exc:`~viommu.errors.NotMappable` where only :meth:`read` and :meth:`write` do.
         """
         key = (iova, size, write)
         region = self._pinned.get(key)
@@ -129,7 +130,7 @@ class EndpointDma:
             # Export may have met a fault, which dropped every other view.
             self._pinned[key] = region
         try:
-            return region.views()
+            return region.views(copies=False)
         except GuestMemoryError:
             del self._pinned[key]
             region.release()

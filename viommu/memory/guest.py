@@ -161,6 +161,12 @@ class GuestMemory:
         """Return what is mapped, lowest address first."""
         return [region.info for region in self._regions]
 
+    def region_at(self, gpa: int) -> MemoryRegion | None:
+        """Return the region that has the address ``gpa``."""
+        index = bisect_right(self._starts, gpa) - 1
+        region = self._regions[index] if index >= 0 else _NOWHERE
+        return region.info if gpa < region.end else None
+
     def read(self, gpa: int, size: int) -> bytes:
         """Return a copy of ``[gpa, gpa + size)``, which may span regions.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from viommu.errors import RingError, UsageError
 from viommu.spec import virtio_ring as spec
 from viommu.virtio.fence import WEAKLY_ORDERED, full_fence
-from viommu.virtio.ring_memory import words
+from viommu.virtio.ring_memory import one_view, words
 
 if TYPE_CHECKING:
     from viommu.virtio.ring_memory import RingMemory, Words
@@ -130,7 +130,7 @@ class SplitQueue:
 
         self._closed = False
         self._generation: int | None = None  # of the views below; None: none are held
-        self._desc: memoryview | None = None  # None: the table is scattered
+        self._desc: memoryview | None = None  # None: the table has no single view
         self._avail: Words
         self._used: Words
         self._used_ring: Words
@@ -319,8 +319,7 @@ class SplitQueue:
         # Asking for one view may reveal that those handed out before are stale.
         while self._generation != memory.generation:
             generation = memory.generation
-            table = memory.views(desc, spec.desc_size(self.size), write=False)
-            self._desc = table[0] if len(table) == 1 else None
+            self._desc = one_view(memory, desc, spec.desc_size(self.size))
             self._avail = words(memory, avail, spec.avail_size(self.size), "H", write=False)
             self._used = words(memory, used, spec.used_size(self.size), "H", write=True)
             self._used_ring = words(memory, elements, length, "I", write=True)
@@ -342,7 +341,7 @@ class SplitQueue:
         return waiting != 0
 
     def _descriptor(self, index: int) -> tuple[int, int, int, int]:
-        """Return a descriptor of a table that is scattered."""
+        """Return a descriptor of a table that has no single view."""
         address = self._addresses[0] + index * spec.DESC_SIZE
         addr, length, flags, following = spec.DESC.unpack(
             self._memory.read(address, spec.DESC_SIZE)

@@ -1,20 +1,21 @@
 """The memory that a virtqueue lives in, and 16- and 32-bit words in it.
 
 The areas of a ring are contiguous in the address space of the device, not in
-ours: one area may come as several views.
+ours: one area may come as several views, or have none and be copied word by word.
 """
 
 from __future__ import annotations
 
 import bisect
+import sys
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from viommu.errors import GuestMemoryError
+from viommu.errors import GuestMemoryError, NotMappable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["RingMemory", "Words", "words"]
+__all__ = ["RingMemory", "Words", "one_view", "words"]
 
 
 class RingMemory(Protocol):
@@ -30,7 +31,11 @@ class RingMemory(Protocol):
         """A number that changes whenever views handed out before have become stale."""
 
     def views(self, address: int, size: int, *, write: bool) -> list[memoryview]:
-        """Return ``size`` bytes at ``address`` as pieces of shared memory (format ``B``)."""
+        """Return ``size`` bytes at ``address`` as pieces of shared memory (format ``B``).
+
+        Raises:
+            NotMappable: It is there, but can only be read and written.
+        """
 
     def read(self, address: int, size: int) -> bytes:
         """Return a copy of ``size`` bytes at ``address``."""
@@ -73,6 +78,42 @@ class _ScatteredWords:
         self._views[piece][index - self._starts[piece]] = value
 
 
+class _CopiedWords:
+    """Words of memory that has no views: each access is one read or write of it.
+
+    That is done on return, so what is stored first is there first.
+    """
+
+    __slots__ = ("_address", "_memory", "_width")
+
+    def __init__(self, memory: RingMemory, address: int, width: int) -> None:
+        self._memory = memory
+        self._address = address
+        self._width = width
+
+    def __getitem__(self, index: int) -> int:
+        data = self._memory.read(self._address + index * self._width, self._width)
+        return int.from_bytes(data, sys.byteorder)
+
+    def __setitem__(self, index: int, value: int) -> None:
+        data = value.to_bytes(self._width, sys.byteorder)
+        self._memory.write(self._address + index * self._width, data)
+
+
+def one_view(memory: RingMemory, address: int, size: int) -> memoryview | None:
+    """Return a view of ``size`` bytes at ``address``, ``None`` if there is not just one.
+
+    Raises:
+        GuestMemoryError: Not (all) memory.
+        TranslationFault: Not mapped for the device.
+    """
+    try:
+        views = memory.views(address, size, write=False)
+    except NotMappable:
+        return None
+    return views[0] if len(views) == 1 else None
+
+
 def words(
     memory: RingMemory, address: int, size: int, kind: Literal["H", "I"], *, write: bool
 ) -> Words:
@@ -85,8 +126,11 @@ def words(
         GuestMemoryError: Not (all) memory, or split inside a word.
         TranslationFault: Not mapped for the device.
     """
-    views = memory.views(address, size, write=write)
     width = 2 if kind == "H" else 4
+    try:
+        views = memory.views(address, size, write=write)
+    except NotMappable:
+        return _CopiedWords(memory, address, width)
     if any(len(view) % width for view in views):
         raise GuestMemoryError(address, size, f"is split inside a {width}-byte word")
     pieces = [view.cast(kind) for view in views]
