@@ -18,6 +18,7 @@ from viommu.errors import RingError, UsageError
 from viommu.spec import virtio_ring as spec
 from viommu.virtio.fence import WEAKLY_ORDERED, full_fence
 from viommu.virtio.ring_memory import one_view, words
+from viommu.virtio.ring_takeover import unreturned
 
 if TYPE_CHECKING:
     from viommu.virtio.ring_memory import RingMemory, Words
@@ -187,6 +188,38 @@ class SplitQueue:
         self._next_avail = (next_avail + 1) & _WRAP
         self._in_flight += 1
         return chain
+
+    def take_over(self) -> list[int]:
+        """Go on where another device stopped; return the heads that it has not given back.
+
+        To be called instead of the first :meth:`pop`. The chains count as taken: see
+        :meth:`chain` for what they are, and :meth:`push` them.
+
+        Raises:
+            RingError: The driver broke the queue.
+            GuestMemoryError: The rings can't be reached.
+            TranslationFault: They are not mapped for the device.
+        """
+        if self._memory.generation != self._generation and not self._acquire():
+            return []
+        avail, used = self._avail[_IDX], self._used[_IDX]
+        ring, elements = range(_RING, _RING + self.size), range(0, 2 * self.size, 2)
+        heads = unreturned(
+            avail,
+            [self._avail[at] for at in ring],
+            used,
+            [(self._used_ring[at], self._used_ring[at + 1]) for at in elements],
+        )
+        self._next_avail = self._avail_idx = avail
+        self._next_used = self._published = used
+        self._in_flight = len(heads)
+        return heads
+
+    def chain(self, head: int) -> Chain:
+        """Return the chain that begins at ``head``; raises as :meth:`pop` does."""
+        if self._memory.generation != self._generation:
+            self._acquire()
+        return self._walk(head)
 
     def read(self, chain: Chain, limit: int | None = None) -> bytes:
         """Return a copy of the first ``limit`` readable bytes, by default of all.
