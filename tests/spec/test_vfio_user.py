@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.spec.c_header import c_constants, c_layout
-from viommu.spec import vfio, vfio_user
+from viommu.spec import vfio, vfio_host, vfio_user
 from viommu.spec._struct import sizeof
 
 if TYPE_CHECKING:
@@ -57,6 +57,40 @@ LAYOUTS: list[tuple[type[Struct], struct.Struct, Layout]] = [
         vfio_user.REGION_ACCESS,
         {"offset": (0, 8), "region": (8, 4), "count": (12, 4)},
     ),
+    (
+        vfio_user.SubRegion,
+        vfio_user.SUB_REGION,
+        {
+            "offset": (0, 8),
+            "size": (8, 8),
+            "fd_index": (16, 4),
+            "type": (20, 4),
+            "flags": (24, 4),
+            "reserved": (28, 4),
+            "data": (32, 8),
+        },
+    ),
+    (
+        vfio_user.ShadowSubRegion,
+        vfio_user.SHADOW_SUB_REGION,
+        {
+            "offset": (0, 8),
+            "size": (8, 8),
+            "fd_index": (16, 4),
+            "type": (20, 4),
+            "flags": (24, 4),
+            "shadow_fd_index": (28, 4),
+            "shadow_offset": (32, 8),
+            "data": (40, 8),
+        },
+    ),
+    (
+        vfio_user.MultiWrite,
+        vfio_user.MULTI_WRITE,
+        {"offset": (0, 8), "region": (8, 4), "count": (12, 4), "data": (16, 8)},
+    ),
+    (vfio_host.DeviceFeature, vfio_user.DEVICE_FEATURE, {"argsz": (0, 4), "flags": (4, 4)}),
+    (vfio_user.MigData, vfio_user.MIG_DATA, {"argsz": (0, 4), "size": (4, 4)}),
     (vfio_user.DmaAccess, vfio_user.DMA_ACCESS, {"address": (0, 8), "count": (8, 8)}),
     (
         vfio.RegionInfo,

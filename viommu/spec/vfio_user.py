@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from ctypes import c_uint16, c_uint32, c_uint64
+from ctypes import c_char, c_uint16, c_uint32, c_uint64
 from typing import TYPE_CHECKING, Final
 
 from viommu.spec._struct import Struct
 
 __all__ = [
+    "DEVICE_FEATURE",
     "DEVICE_INFO",
     "DMA_ACCESS",
     "DMA_MAP",
@@ -32,10 +33,17 @@ __all__ = [
     "F_TYPE_REPLY",
     "HEADER",
     "HEADER_SIZE",
+    "IO_FD_NONE",
     "MAX_DATA_TRANSFER",
     "MAX_MESSAGE",
+    "MIG_DATA",
+    "MULTI_WRITE",
+    "MULTI_WRITES",
+    "MULTI_WRITE_DATA",
     "REGION_ACCESS",
     "REGION_IO_FDS",
+    "SHADOW_SUB_REGION",
+    "SUB_REGION",
     "VERSION",
     "VERSION_MAJOR",
     "VERSION_MINOR",
@@ -45,8 +53,13 @@ __all__ = [
     "DmaMap",
     "DmaUnmap",
     "Header",
+    "IoFdType",
+    "MigData",
+    "MultiWrite",
     "RegionAccess",
     "RegionIoFds",
+    "ShadowSubRegion",
+    "SubRegion",
     "Version",
 ]
 
@@ -70,6 +83,9 @@ DMA_MAP_F_FILE_IO: Final = 1 << 3
 DMA_UNMAP_F_GET_DIRTY_BITMAP: Final = 1 << 0
 DMA_UNMAP_F_ALL: Final = 1 << 1
 
+IO_FD_NONE: Final = 0xFFFFFFFF  # ``fd_index`` of a sub-region without a file descriptor
+MULTI_WRITE_DATA: Final = 8  # bytes, of which a write in REGION_WRITE_MULTI uses its count
+
 
 class Command(enum.IntEnum):
     """``command`` of a header; DMA_READ and DMA_WRITE go from server to client."""
@@ -91,6 +107,14 @@ class Command(enum.IntEnum):
     DEVICE_FEATURE = 16
     MIG_DATA_READ = 17
     MIG_DATA_WRITE = 18
+
+
+class IoFdType(enum.IntEnum):
+    """``type`` of a sub-region; the last is libvfio-user's."""
+
+    IOEVENTFD = 0
+    IOREGIONFD = 1
+    IOEVENTFD_SHADOW = 2
 
 
 class Header(Struct):
@@ -192,6 +216,61 @@ class RegionIoFds(Struct):
         )
 
 
+class SubRegion(Struct):
+    """What one file descriptor of DEVICE_GET_REGION_IO_FDS stands for, 40 bytes.
+
+    ``data`` is ``datamatch`` of an ioeventfd, ``user_data`` of an ioregionfd.
+    """
+
+    if TYPE_CHECKING:
+        offset: int
+        size: int
+        fd_index: int
+        type: int
+        flags: int
+        reserved: int
+        data: int
+    else:
+        _fields_ = (
+            ("offset", c_uint64),
+            ("size", c_uint64),
+            ("fd_index", c_uint32),
+            ("type", c_uint32),
+            ("flags", c_uint32),
+            ("reserved", c_uint32),
+            ("data", c_uint64),
+        )
+
+
+class ShadowSubRegion(Struct):
+    """The same as libvfio-user has it, 48 bytes; not in the specification.
+
+    The last two are those of an ioeventfd. An ioregionfd is a :class:`SubRegion`
+    here too, and 8 bytes.
+    """
+
+    if TYPE_CHECKING:
+        offset: int
+        size: int
+        fd_index: int
+        type: int
+        flags: int
+        shadow_fd_index: int
+        shadow_offset: int
+        data: int
+    else:
+        _fields_ = (
+            ("offset", c_uint64),
+            ("size", c_uint64),
+            ("fd_index", c_uint32),
+            ("type", c_uint32),
+            ("flags", c_uint32),
+            ("shadow_fd_index", c_uint32),
+            ("shadow_offset", c_uint64),
+            ("data", c_uint64),
+        )
+
+
 class RegionAccess(Struct):
     """REGION_READ and REGION_WRITE, 16 bytes; data follows where there is some."""
 
@@ -201,6 +280,33 @@ class RegionAccess(Struct):
         count: int
     else:
         _fields_ = (("offset", c_uint64), ("region", c_uint32), ("count", c_uint32))
+
+
+class MultiWrite(Struct):
+    """One write of REGION_WRITE_MULTI, 24 bytes; a count of writes (u64) is before the first."""
+
+    if TYPE_CHECKING:
+        offset: int
+        region: int
+        count: int
+        data: bytes
+    else:
+        _fields_ = (
+            ("offset", c_uint64),
+            ("region", c_uint32),
+            ("count", c_uint32),
+            ("data", c_char * MULTI_WRITE_DATA),
+        )
+
+
+class MigData(Struct):
+    """MIG_DATA_READ and MIG_DATA_WRITE, 8 bytes; data follows where there is some."""
+
+    if TYPE_CHECKING:
+        argsz: int
+        size: int
+    else:
+        _fields_ = (("argsz", c_uint32), ("size", c_uint32))
 
 
 class DmaAccess(Struct):
@@ -220,7 +326,15 @@ DMA_MAP: Final = struct.Struct("<IIQQQ")  # argsz, flags, offset, address, size
 DMA_UNMAP: Final = struct.Struct("<IIQQ")  # argsz, flags, address, size
 DEVICE_INFO: Final = struct.Struct("<IIII")  # argsz, flags, num_regions, num_irqs
 REGION_IO_FDS: Final = struct.Struct("<IIII")  # argsz, flags, index, count
+SUB_REGION: Final = struct.Struct("<QQIIIIQ")  # offset, size, fd, type, flags, reserved, data
+# offset, size, fd, type, flags, shadow fd, shadow offset, data
+SHADOW_SUB_REGION: Final = struct.Struct("<QQIIIIQQ")
 REGION_ACCESS: Final = struct.Struct("<QII")  # offset, region, count
+MULTI_WRITES: Final = struct.Struct("<Q")  # how many
+MULTI_WRITE: Final = struct.Struct("<QII8s")  # offset, region, count, data
+# argsz, flags; data follows. The kernel's :class:`~viommu.spec.vfio_host.DeviceFeature`.
+DEVICE_FEATURE: Final = struct.Struct("<II")
+MIG_DATA: Final = struct.Struct("<II")  # argsz, size
 DMA_ACCESS: Final = struct.Struct("<QQ")  # address, count
 
 HEADER_SIZE: Final = HEADER.size
