@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -208,6 +209,66 @@ def test_one_message_waits_for_a_peer_that_does_not_read(
         assert fds == [], "they are sent once"
         total += len(data)
     assert not connection.backlog
+
+
+def test_files_that_wait_are_copies(pair: Pair, memfd: Callable[..., int]) -> None:
+    connection, theirs = pair
+    fd = os.dup(memfd())
+    inode = os.fstat(fd).st_ino
+    while not connection.backlog:
+        connection.send(bytes(1 << 16))
+    assert 0 < connection.queued_bytes <= 1 << 16
+    before = open_fds()
+    connection.send(b"with a file", [fd, fd])
+    connection.send(b"without")
+    assert connection.queued_fds == 2
+    assert open_fds() == before + 2
+    os.close(fd)
+    taken = b""
+    fds: list[int] = []
+    while connection.backlog:
+        data, some, _ = receive(theirs, 1 << 16)
+        taken, fds = taken + data, fds + some
+        connection.flush()
+    assert (connection.queued_bytes, connection.queued_fds) == (0, 0)
+    while not taken.endswith(b"with a filewithout"):
+        data, some, _ = receive(theirs, 1 << 16)
+        taken, fds = taken + data, fds + some
+    assert [os.fstat(one).st_ino for one in fds] == [inode] * 2
+    close_fds(fds)
+    assert open_fds() == before - 1
+
+
+def test_files_that_still_wait_at_the_end_are_closed(pair: Pair, memfd: Callable[..., int]) -> None:
+    connection, _ = pair
+    while not connection.backlog:
+        connection.send(bytes(1 << 16))
+    connection.send(b"with a file", [memfd()])
+    before = open_fds()
+    connection.close()
+    assert open_fds() == before - 2
+    assert (connection.queued_bytes, connection.queued_fds) == (0, 0)
+
+
+def test_files_that_can_not_wait_end_the_connection(
+    pair: Pair, memfd: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, _ = pair
+    while not connection.backlog:
+        connection.send(bytes(1 << 16))
+    real, fd, before = os.dup, memfd(), open_fds()
+    left = [1]
+
+    def dup(fd: int) -> int:
+        if not left:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        left.pop()
+        return real(fd)
+
+    monkeypatch.setattr(os, "dup", dup)
+    with pytest.raises(EOFError, match="can't wait"):
+        connection.send(b"with files", [fd, fd])
+    assert open_fds() == before
 
 
 def test_the_peer_s_process_is_known(pair: Pair) -> None:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from viommu.vfio_user.protocol import MessageReader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from viommu.vfio_user.protocol import Message
 
-__all__ = ["Connection", "Received", "close_fds", "peer_process", "receive", "send"]
+__all__ = ["Connection", "Received", "close_fds", "copy_fds", "peer_process", "receive", "send"]
 
 _MAX_FDS: Final = 16
 _FD_SIZE: Final = array.array("i").itemsize
 _CHUNK: Final = 1 << 16  # recvmsg allocates what it is asked for, not what has arrived
+_TRUNCATED: Final = int(socket.MSG_CTRUNC)  # to test an enumeration costs as much as to receive
 _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 
 
@@ -49,7 +50,7 @@ def receive(sock: socket.socket, size: int, max_fds: int = _MAX_FDS) -> Received
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return Received(data, fds.tolist(), bool(flags & socket.MSG_CTRUNC))
+    return Received(data, fds.tolist(), bool(flags & _TRUNCATED))
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:
@@ -70,6 +71,21 @@ def close_fds(fds: list[int]) -> None:
     fds.clear()
 
 
+def copy_fds(fds: Iterable[int]) -> list[int]:
+    """Duplicate ``fds``, all of them or none.
+
+    Raises:
+        OSError: EMFILE or ENFILE, there is no file descriptor left; EBADF.
+    """
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for fd in fds)
+    except OSError:
+        close_fds(copies)
+        raise
+    return copies
+
+
 def peer_process(sock: socket.socket) -> int:
     """Return the id of the process that connected, 0 if it isn't known in our namespace."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -77,7 +93,7 @@ def peer_process(sock: socket.socket) -> int:
 
 
 class Connection:
-    """One client's socket; owned, and made non-blocking.
+    """One peer's socket; owned, and made non-blocking.
 
     A message is handed to the kernel whole, so its header is never split (QEMU
     gives up on a connection that does so); what doesn't fit follows later, and
@@ -88,7 +104,9 @@ class Connection:
         sock.setblocking(False)
         self._sock = sock
         self._reader = MessageReader(max_message)
-        self._queue: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self._queue: deque[tuple[memoryview, list[int]]] = deque()
+        #: How many bytes, and how many file descriptors, wait until the peer reads.
+        self.queued_bytes = self.queued_fds = 0
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed."""
@@ -131,15 +149,24 @@ class Connection:
             if message is not None:
                 return message
 
-    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message, or as much as fits, and queue the rest.
 
+        ``fds`` stay the caller's: when they have to wait, copies of them do.
+
         Raises:
-            EOFError: The connection is broken.
+            EOFError: The connection is broken, or ``fds`` can't be kept for it.
         """
-        self._queue.append((memoryview(data), fds))
-        if len(self._queue) == 1:
-            self.flush()
+        rest = memoryview(data)
+        if not self._queue and (sent := self._send(rest, fds)):
+            rest, fds = rest[sent:], ()
+        if rest:
+            try:
+                self._queue.append((rest, copy_fds(fds)))
+            except OSError as error:
+                raise EOFError(f"file descriptors can't wait to be sent: {error}") from error
+            self.queued_bytes += len(rest)
+            self.queued_fds += len(fds)
 
     def flush(self) -> None:
         """Send what is queued, as far as it fits.
@@ -149,24 +176,36 @@ class Connection:
         """
         while self._queue:
             data, fds = self._queue[0]
-            try:
-                sent = send(self._sock, data, fds)
-            except BlockingIOError:
+            sent = self._send(data, fds)
+            if not sent:
                 return
-            except OSError as error:
-                raise EOFError(str(error)) from error
+            self.queued_bytes -= sent
+            self.queued_fds -= len(fds)
+            close_fds(fds)
             if sent < len(data):
-                self._queue[0] = (data[sent:], ())
+                self._queue[0] = (data[sent:], [])
             else:
                 self._queue.popleft()
 
     def close(self) -> None:
-        """Close the socket, and the file descriptors of a message that wasn't completed."""
+        """Close the socket, and the file descriptors of messages that weren't completed."""
         close_fds(self._reader.take_fds())
+        for _, fds in self._queue:
+            close_fds(fds)
         self._queue.clear()
+        self.queued_bytes = self.queued_fds = 0
         self._sock.close()
 
     def _polled(self, event: int) -> bool:
         poll = select.poll()
         poll.register(self._sock, event)
         return bool(poll.poll(0))
+
+    def _send(self, data: memoryview, fds: Sequence[int]) -> int:
+        """Send what fits; return how many bytes went."""
+        try:
+            return send(self._sock, data, fds)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise EOFError(str(error)) from error
