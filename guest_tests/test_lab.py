@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,10 +21,11 @@ from guest_tests.lab.manifest import GUEST, KERNELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from guest_tests.lab.kernels import Kernel
     from guest_tests.rig import Lab
+
+L1_TESTS = Path(__file__).with_name("l1") / "test_host_device.py"
 
 
 @pytest.fixture
@@ -66,6 +70,32 @@ def test_a_machine_that_does_not_start_is_lost_at_once(
             machine.wait_for_boot()
     finally:
         machine.kill()
+
+
+def test_a_host_that_does_not_boot_is_tried_once(lab: Lab, tmp_path: Path) -> None:
+    tried, qemu = tmp_path / "tried", tmp_path / "qemu"
+    qemu.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *-kernel*) echo once >> {tried}; set -- -no-such-option ;; esac\n'
+        f'exec {lab.qemu.path} "$@"\n'
+    )
+    qemu.chmod(0o755)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", str(L1_TESTS)],
+        env=os.environ | {"VIOMMU_QEMU": str(qemu)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert tried.read_text() == "once\n"
+    failed = re.findall("^FAILED ", done.stdout, re.MULTILINE)
+    explained = re.findall(
+        "^the guest .* ended with 1: .*-no-such-option", done.stdout, re.MULTILINE
+    )
+    assert len(explained) == len(failed) > 1
 
 
 def test_what_a_test_started_dies_with_it() -> None:

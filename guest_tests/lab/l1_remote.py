@@ -35,6 +35,7 @@ class RemoteTests:
         self._name = ""
         self._vm: VirtualMachine | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._unbootable: dict[str, LabError] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -80,10 +81,16 @@ class RemoteTests:
         """Return the machine ``name``, booted now unless it is up."""
         if self._vm is None or self._name != name:
             self._end()
+            if name in self._unbootable:  # no need to wait for that again, test by test
+                raise self._unbootable[name]
             self._name = name
             self._directory = tempfile.TemporaryDirectory(prefix="viommu-l1.")
-            self._vm = boot_l1(choose_qemu(), name, Path(self._directory.name))
-            self._vm.wait_for_boot()
+            try:
+                self._vm = boot_l1(choose_qemu(), name, Path(self._directory.name))
+                self._vm.wait_for_boot()
+            except LabError as error:
+                self._unbootable[name] = error
+                raise
         return self._vm
 
     def _end(self) -> None:
