@@ -4,10 +4,11 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.vfio_user.raw_device import RawDevice
 from tests.vfio_user.register_bank import RegisterBank
 from viommu.loop import Loop
 from viommu.memory import MappedFiles
@@ -235,3 +236,29 @@ def eventfd() -> Iterator[Callable[..., int]]:
     yield make
     for fd in made:
         os.close(fd)
+
+
+@pytest.fixture
+def make_device(loop: Loop) -> Iterator[Callable[..., RawDevice]]:
+    """A function that makes devices with a client each; at the end no fd is left open."""
+    before = open_fds()
+    made: list[RawDevice] = []
+
+    def device(*, agreed: bool = True, **options: Any) -> RawDevice:
+        made.append(RawDevice(loop, **options))
+        if agreed:
+            made[-1].agree()
+            assert made[-1].agreed()
+        return made[-1]
+
+    yield device
+    for one in made:
+        one.client.close()
+        one.close()
+    loop.turn(0)
+    assert open_fds() == before
+
+
+@pytest.fixture
+def device(make_device: Callable[..., RawDevice]) -> RawDevice:
+    return make_device()

@@ -181,7 +181,7 @@ def test_a_client_that_serves_memory_is_asked(
     with Client(served.path, memory=memory) as client:
         client.dma_map(0, PAGE, fd=theirs)
         client.region_write(BAR, 0x80, b"kick", posted=True)
-        with pytest.raises(PeerError, match="closed the connection") as caught:
+        with pytest.raises(PeerError, match="closed by the peer") as caught:
             client.serve(lambda: False)
         assert caught.value.errno == errno.ECONNRESET
     assert served.memory_refused is not None
@@ -505,11 +505,12 @@ class TestDma:
             (Command.DMA_READ, spec.DMA_ACCESS.pack(1 << 40, 4), errno.ENODEV),
             (Command.DMA_WRITE, spec.DMA_ACCESS.pack(PAGE, 4) + b"data", errno.ENODEV),
             (Command.DMA_READ, spec.DMA_ACCESS.pack(0, 2**64 - 1), errno.E2BIG),
-            (Command.DMA_WRITE, spec.DMA_ACCESS.pack(0, 5) + b"data", errno.EINVAL),
+            (Command.DMA_WRITE, spec.DMA_ACCESS.pack(0, 5) + b"data", errno.E2BIG),
+            (Command.DMA_WRITE, spec.DMA_ACCESS.pack(0, 3) + b"data", errno.EINVAL),
             (Command.DMA_READ, bytes(15), errno.EINVAL),
             (Command.REGION_READ, bytes(16), errno.ENOSYS),
         ],
-        ids=["no memory", "read-only", "too much", "wrong count", "short", "not served"],
+        ids=["no memory", "read-only", "too much", "too few", "too many", "short", "not served"],
     )
     def test_refused(
         self,

@@ -1,49 +1,39 @@
-"""A synchronous vfio-user client: uses a device that another process serves."""
+"""A synchronous vfio-user client: uses a device that another process serves.
+
+It is :class:`~viommu.vfio_user.loop_client.LoopClient` with a loop of its own, which
+turns while a call waits.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
-import time
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from viommu.errors import GuestMemoryError, PeerError, UsageError
+from viommu.errors import PeerError
+from viommu.loop import Loop
 from viommu.spec import vfio
-from viommu.spec import vfio_user as spec
-from viommu.spec.vfio_user import Command
-from viommu.vfio_user.channel import Channel
-from viommu.vfio_user.connection import close_fds
-from viommu.vfio_user.protocol import (
-    Capabilities,
-    Message,
-    command_message,
-    decode_version,
-    encode_version,
-    error_reply,
-    reply_message,
-)
-from viommu.vfio_user.region_info import decode_region_info
-from viommu.vfio_user.served import IrqInfo, RegionInfo
+from viommu.vfio_user import requests
+from viommu.vfio_user.loop_client import LoopClient, dial, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from viommu.memory import GuestMemory
+    from viommu.deferred import Deferred
+    from viommu.vfio_user.dma_service import DmaPort
+    from viommu.vfio_user.protocol import Capabilities
+    from viommu.vfio_user.requests import (
+        DeviceInfo,
+        FeatureReply,
+        IoFdsReply,
+        RegionWrite,
+        Request,
+    )
+    from viommu.vfio_user.served import IrqInfo, RegionInfo
 
-__all__ = ["Client", "DeviceInfo"]
+__all__ = ["Client"]
 
-_MAX_FDS: Final = 8
-_MAX_DMA_MAPS: Final = 65535
-_PAGE: Final = 4096
-
-
-class DeviceInfo(NamedTuple):
-    """``VFIO_DEVICE_FLAGS_*``, and how many regions and kinds of interrupt there are."""
-
-    flags: int
-    num_regions: int
-    num_irqs: int
+T = TypeVar("T")
 
 
 class Client:
@@ -55,25 +45,39 @@ class Client:
     Every call may raise :exc:`~viommu.errors.PeerError`. With the errno of an
     error reply the connection goes on. ETIMEDOUT (no reply), ECONNRESET (the
     server has gone) and EPROTO (it answered nonsense) close it, and from then on
-    every call fails with ENOTCONN.
+    every call fails with ENOTCONN. What the server has not agreed to take, such as
+    more data than it transfers at a time, is a :exc:`~viommu.errors.UsageError`.
     """
 
-    def __init__(
-        self, path: Path, *, timeout: float = 5.0, memory: GuestMemory | None = None
-    ) -> None:
-        self.memory = memory
-        self._next_id = 0
-        self._channel = Channel(path, timeout)
+    def __init__(self, path: Path, *, timeout: float = 5.0, memory: DmaPort | None = None) -> None:
+        sock = dial(path)
+        self._timeout = timeout
+        self._loop = Loop()
+        #: Why the connection has ended, until a caller is told.
+        self._news: PeerError | None = None
+        self._link = LoopClient(
+            self._loop, sock, timeout=timeout, memory=memory, on_closed=self._ended
+        )
         try:
-            #: The minor version that is spoken, and what the server can take.
-            self.minor, self.capabilities = self._negotiate()
+            wait(self._loop, self._link.negotiated)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def minor(self) -> int:
+        """The minor version that is spoken."""
+        return self._link.minor
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the server can take."""
+        return self._link.capabilities
+
     def close(self) -> None:
         """Close the connection; closing twice is harmless."""
-        self._channel.close()
+        self._link.close()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +87,27 @@ class Client:
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed; readable: call :meth:`serve`."""
-        return self._channel.fileno()
+        return self._link.fileno()
+
+    def submit(self, request: Request[T]) -> Deferred[T]:
+        """Send a request of :mod:`viommu.vfio_user.requests` without waiting; :meth:`wait` does.
+
+        Any number may be under way, and waiting for one lets the others be answered.
+        """
+        self._check_open()
+        return self._link.submit(request)
+
+    def wait(self, deferred: Deferred[T]) -> T:
+        """Wait for what :meth:`submit` returned."""
+        try:
+            return wait(self._loop, deferred)
+        except PeerError:
+            self._news = None
+            raise
+
+    def call(self, request: Request[T]) -> T:
+        """Send a request and wait for the answer."""
+        return self.wait(self.submit(request))
 
     def dma_map(
         self,
@@ -99,50 +123,35 @@ class Client:
 
         Without ``fd`` the server knows of the memory, but can't map it.
         """
-        flags = (spec.DMA_MAP_F_READ if readable else 0) | (spec.DMA_MAP_F_WRITE if writable else 0)
-        payload = spec.DMA_MAP.pack(spec.DMA_MAP.size, flags, offset, gpa, size)
-        self._request(Command.DMA_MAP, payload, 0, fds=[] if fd is None else [fd])
+        self.call(
+            requests.dma_map(gpa, size, fd=fd, offset=offset, readable=readable, writable=writable)
+        )
 
     def dma_unmap(self, gpa: int, size: int) -> None:
         """Take back what one :meth:`dma_map` gave."""
-        self._dma_unmap(0, gpa, size)
+        self.call(requests.dma_unmap(gpa, size))
 
     def dma_unmap_all(self) -> None:
         """Take back all memory."""
-        self._dma_unmap(spec.DMA_UNMAP_F_ALL, 0, 0)
+        self.call(requests.dma_unmap_all())
 
     def device_info(self) -> DeviceInfo:
         """Ask what kind of device it is."""
-        size = spec.DEVICE_INFO.size
-        request = spec.DEVICE_INFO.pack(size, 0, 0, 0)
-        reply = self._request(Command.DEVICE_GET_INFO, request, size)
-        _, flags, regions, irqs = spec.DEVICE_INFO.unpack(reply.payload)
-        return DeviceInfo(flags, regions, irqs)
+        return self.call(requests.device_info())
 
     def region_info(self, index: int) -> RegionInfo:
         """Ask about a region; a file descriptor in the answer is the caller's to close."""
-        argsz = vfio.REGION_INFO.size
-        for _ in range(2):  # the first answer may say that there is more to accept
-            request = vfio.REGION_INFO.pack(argsz, 0, index, 0, 0, 0)
-            reply = self._request(Command.DEVICE_GET_REGION_INFO, request, None, max_fds=1)
-            try:
-                needed, info = decode_region_info(reply.payload, index)
-            except PeerError as error:
-                close_fds(reply.fds)
-                raise self._channel.broken(error.errno, str(error)) from error
-            if needed <= argsz:
-                return info._replace(fd=reply.fds[0] if reply.fds else None)
-            close_fds(reply.fds)
-            argsz = needed
-        raise self._channel.broken(errno.EPROTO, f"{argsz} bytes of information on region {index}")
+        self._check_open()
+        return self.wait(self._link.region_info(index))
+
+    def region_io_fds(self, index: int) -> IoFdsReply:
+        """Ask which parts of a region have file descriptors; those are the caller's to close."""
+        self._check_open()
+        return self.wait(self._link.region_io_fds(index))
 
     def irq_info(self, index: int) -> IrqInfo:
         """Ask about a kind of interrupt."""
-        size = vfio.IRQ_INFO.size
-        request = vfio.IRQ_INFO.pack(size, 0, index, 0)
-        reply = self._request(Command.DEVICE_GET_IRQ_INFO, request, size)
-        _, flags, _, count = vfio.IRQ_INFO.unpack(reply.payload)
-        return IrqInfo(count, flags)
+        return self.call(requests.irq_info(index))
 
     def set_irqs(
         self,
@@ -155,9 +164,7 @@ class Client:
         fds: Sequence[int] = (),
     ) -> None:
         """Send a SET_IRQS as it is; ``flags`` are ``VFIO_IRQ_SET_*``."""
-        argsz = vfio.IRQ_SET.size + len(bools)
-        payload = vfio.IRQ_SET.pack(argsz, flags, index, start, count) + bools
-        self._request(Command.DEVICE_SET_IRQS, payload, 0, fds=fds)
+        self.call(requests.set_irqs(index, flags, start, count, bools=bools, fds=fds))
 
     def assign_irqs(self, index: int, start: int, fds: Sequence[int]) -> None:
         """Have vectors from ``start`` on signalled by eventfds, which stay the caller's."""
@@ -173,125 +180,74 @@ class Client:
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """Read ``count`` bytes, at most what the server transfers at a time."""
-        self._check_count(count)
-        head = spec.REGION_ACCESS.pack(offset, region, count)
-        reply = self._request(Command.REGION_READ, head, len(head) + count)
-        return reply.payload[len(head) :]
+        return self.call(requests.region_read(region, offset, count))
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool = False) -> None:
         """Write ``data``; a posted write is not answered, not even when it fails."""
-        self._check_count(len(data))
-        head = spec.REGION_ACCESS.pack(offset, region, len(data))
-        if posted:
-            self._send(Command.REGION_WRITE, head + data, no_reply=True)
-        else:
-            self._request(Command.REGION_WRITE, head + data, len(head))
+        self._write(requests.region_write(region, offset, data), posted=posted)
+
+    def region_write_multi(self, writes: Sequence[RegionWrite], *, posted: bool = False) -> None:
+        """Do several writes of at most 8 bytes with one message, if the server takes that."""
+        self._write(requests.region_write_multi(writes), posted=posted)
 
     def reset(self) -> None:
         """Reset the device."""
-        self._request(Command.DEVICE_RESET, b"", 0)
+        self.call(requests.reset())
+
+    def device_feature(
+        self, flags: int, data: bytes = b"", argsz: int | None = None
+    ) -> FeatureReply:
+        """Get, set or probe a feature, see :func:`~viommu.vfio_user.requests.device_feature`."""
+        return self.call(requests.device_feature(flags, data, argsz))
+
+    def mig_data_read(self, size: int) -> bytes:
+        """Read at most ``size`` bytes of the state of a device that is being saved."""
+        return self.call(requests.mig_data_read(size))
+
+    def mig_data_write(self, data: bytes) -> None:
+        """Write a piece of the state of a device that is being restored."""
+        self.call(requests.mig_data_write(data))
 
     def serve(self, until: Callable[[], bool]) -> None:
-        """Serve the server's DMA_READ and DMA_WRITE until ``until()``, asked before each.
+        """Serve the server's DMA_READ and DMA_WRITE until ``until()``, asked after each.
 
         Raises:
             PeerError: ETIMEDOUT when no command comes within the time-out.
         """
         while not until():
-            message = self._channel.receive(time.monotonic() + self._channel.timeout)
-            if message.kind != spec.F_TYPE_COMMAND:
-                close_fds(message.fds)
-                raise self._channel.broken(errno.EPROTO, f"a reply to message {message.id} unasked")
-            self._serve_command(message)
+            self._serve_one()
 
-    def _negotiate(self) -> tuple[int, Capabilities]:
-        # Serving DMA has no capability of its own: send what QEMU sends, which does.
-        ours = Capabilities(_MAX_FDS)
-        if self.memory is not None:
-            ours = Capabilities(_MAX_FDS, max_dma_maps=_MAX_DMA_MAPS, pgsizes=_PAGE)
-        reply = self._request(Command.VERSION, encode_version(spec.VERSION_MINOR, ours), None)
-        try:
-            minor, theirs = decode_version(reply.payload)
-        except PeerError as error:
-            raise PeerError(errno.EPROTO, f"the server's answer: {error}") from error
-        if minor > spec.VERSION_MINOR:
-            raise PeerError(errno.EPROTO, f"version 0.{minor} was not offered")
-        return minor, theirs
+    def _serve_one(self) -> None:
+        served = self._link.dma.commands
+        self._turn_until(lambda: self._link.dma.commands > served, "no command came")
 
-    def _dma_unmap(self, flags: int, gpa: int, size: int) -> None:
-        payload = spec.DMA_UNMAP.pack(spec.DMA_UNMAP.size, flags, gpa, size)
-        self._request(Command.DMA_UNMAP, payload, len(payload))
+    def _write(self, request: Request[None], *, posted: bool) -> None:
+        if not posted:
+            self.call(request)
+            return
+        self._check_open()
+        refusal = self._link.post(request)
+        if refusal is not None:
+            raise refusal
+        # The caller may not wait for anything any more: nothing must be left to send.
+        self._turn_until(lambda: not self._link.sending, "the server does not read")
 
-    def _check_count(self, count: int) -> None:
-        limit = self.capabilities.max_data_xfer_size
-        if not 0 <= count <= limit:
-            raise UsageError(f"{count} bytes can't be transferred, the server takes {limit}")
+    def _turn_until(self, done: Callable[[], bool], why: str) -> None:
+        self._check_open()
+        deadline = self._loop.clock() + self._timeout
+        while not done():
+            left = deadline - self._loop.clock()
+            if left <= 0:
+                self._link.close()
+                raise PeerError(errno.ETIMEDOUT, f"{why} within {self._timeout} s")
+            self._loop.turn(left)
+            self._check_open()
 
-    def _request(
-        self,
-        command: int,
-        payload: bytes,
-        expected: int | None,
-        *,
-        fds: Sequence[int] = (),
-        max_fds: int = 0,
-    ) -> Message:
-        """Send a command and return its reply, with ``expected`` bytes and few enough fds."""
-        ident = self._send(command, payload, fds)
-        deadline = time.monotonic() + self._channel.timeout
-        while (message := self._channel.receive(deadline)).kind == spec.F_TYPE_COMMAND:
-            self._serve_command(message)
-        failed = bool(message.flags & spec.F_ERROR)
-        wrong = None
-        if (message.id, message.command) != (ident, command):
-            wrong = f"it is to message {message.id}, command {message.command}"
-        elif len(message.fds) > (0 if failed else max_fds):
-            wrong = f"it has {len(message.fds)} file descriptors"
-        elif not failed and expected is not None and len(message.payload) != expected:
-            wrong = f"it has {len(message.payload)} bytes instead of {expected}"
-        if wrong is not None:
-            close_fds(message.fds)
-            why = f"the reply to message {ident}, command {command}: {wrong}"
-            raise self._channel.broken(errno.EPROTO, why)
-        if failed:
-            number = message.error or errno.EIO
-            raise PeerError(number, f"command {command} failed: {os.strerror(number)}")
-        return message
+    def _check_open(self) -> None:
+        if not self._link.closed:
+            return
+        news, self._news = self._news, None
+        raise news or PeerError(errno.ENOTCONN, "the connection is closed")
 
-    def _send(
-        self, command: int, payload: bytes, fds: Sequence[int] = (), *, no_reply: bool = False
-    ) -> int:
-        ident = self._next_id
-        self._next_id = (ident + 1) & 0xFFFF
-        self._channel.send(command_message(ident, command, payload, no_reply=no_reply), fds)
-        return ident
-
-    def _serve_command(self, message: Message) -> None:
-        """Answer a DMA_READ or DMA_WRITE of the server; the errors are QEMU's."""
-        try:
-            reply = reply_message(message, self._access(message))
-        except PeerError as error:
-            reply = error_reply(message, error.errno)
-        except GuestMemoryError:
-            reply = error_reply(message, errno.ENODEV)
-        finally:
-            close_fds(message.fds)
-        if not message.no_reply:
-            self._channel.send(reply)
-
-    def _access(self, message: Message) -> bytes:
-        if self.memory is None or message.command not in (Command.DMA_READ, Command.DMA_WRITE):
-            raise PeerError(errno.ENOSYS, f"command {message.command} is not served")
-        size = spec.DMA_ACCESS.size
-        if len(message.payload) < size or message.fds:
-            raise PeerError(errno.EINVAL, f"{len(message.payload)} bytes, {len(message.fds)} fds")
-        head, data = message.payload[:size], message.payload[size:]
-        gpa, count = spec.DMA_ACCESS.unpack(head)
-        if count > self.capabilities.max_data_xfer_size:
-            raise PeerError(errno.E2BIG, f"{count} bytes are too many")
-        if message.command == Command.DMA_READ:
-            return head + self.memory.read(gpa, count)
-        if count != len(data):
-            raise PeerError(errno.EINVAL, f"{len(data)} bytes of data, {count} announced")
-        self.memory.write(gpa, data)
-        return head
+    def _ended(self, why: PeerError) -> None:
+        self._news = why

@@ -231,6 +231,18 @@ class Capabilities:
         fixed = shared and self.fixed_iova and other.fixed_iova
         return replace(self, iommufd=shared, fixed_iova=fixed)
 
+    def within(self, offered: Capabilities) -> Capabilities:
+        """Return what of these, a server's answer, holds for a client that ``offered`` others.
+
+        More data at a time than we take ourselves could not come back, and what was
+        not offered is not agreed upon, whatever the server says.
+        """
+        return replace(
+            self.agreed(offered),
+            max_data_xfer_size=min(self.max_data_xfer_size, offered.max_data_xfer_size),
+            write_multiple=self.write_multiple and offered.write_multiple,
+        )
+
     def encode(self) -> bytes:
         """Return the JSON text with its NUL, leaving out what isn't there."""
         values: dict[str, int | bool | dict[str, bool]] = {
