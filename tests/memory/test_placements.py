@@ -256,6 +256,25 @@ def test_the_addresses_live_as_long_as_somebody_needs_them(
     assert one.violations == []
 
 
+def test_what_the_last_target_gives_back_the_next_one_gets_anew(
+    placements: Placements, file: FileBacking, calls: list[Call]
+) -> None:
+    placed = placements.place(piece(file, 0))
+    for cycle in range(3):
+        bad = RecordingTarget("bad", DmaNeeds.HOST_VA, calls)
+        bad.reject = {0}
+        with pytest.raises(BackendError):
+            placements.register(TargetLedger(bad, "bad", bad.needs))
+        assert (placements.addresses, placed.host_va) == (None, None)
+
+        target = register(placements, calls, f"target {cycle}", DmaNeeds.HOST_VA)
+        (entry,) = target.entries.values()
+        assert entry.first == (b"\0",)
+        placements.unregister(*placements.targets())
+        assert (placements.addresses, placed.host_va) == (None, None)
+        assert target.violations == bad.violations == []
+
+
 def test_what_a_target_refuses_to_unmap_stays_where_it_is(
     placements: Placements, file: FileBacking, calls: list[Call]
 ) -> None:

@@ -323,6 +323,25 @@ def test_what_one_target_made_impossible_works_without_it(house: House) -> None:
     house.take_incidents()
 
 
+def test_a_target_registered_while_a_region_fails_gets_it_when_that_works(house: House) -> None:
+    failing = house.target("failing")
+    low = house.region("low", 0, 4, (0, 1), (1, 1), priority=0)
+    high = house.region("high", 0, 4, (2, 1), priority=1)
+    failing.reject = {1}
+    with pytest.raises(IncompleteError):
+        house.manager.disable(high)
+    house.take_calls()
+    late = house.target("late", DmaNeeds.HOST_VA)
+    assert house.take_calls() == []  # what one target can't have is nobody's
+
+    failing.reject.clear()
+    house.manager.retry()
+
+    assert low.active
+    assert failing.mapped() == late.mapped() == [(0, 1, True), (1, 2, True)]
+    house.take_incidents()
+
+
 # The host itself fails
 
 
