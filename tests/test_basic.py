@@ -58,6 +58,15 @@ def test_overlap_is_a_result(mapper: BasicMemoryMapper) -> None:
     assert len(mapper.mappings()) == 3
 
 
+def test_a_mapping_is_found_and_those_of_a_range_are_counted(mapper: BasicMemoryMapper) -> None:
+    found = mapper.find(PAGE)
+
+    assert found is not None
+    assert found.iova <= PAGE < found.iova + found.size
+    assert mapper.find(1 << 40) is None
+    assert [mapper.count(0x800, size) for size in (1, 2 * PAGE, 1 << 40)] == [1, 3, 3]
+
+
 def test_regions_merge_when_contiguous_with_equal_protection(mapper: BasicMemoryMapper) -> None:
     mapper.start_export_session()
 

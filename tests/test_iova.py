@@ -124,6 +124,26 @@ def test_a_hole_faults_at_its_first_address(start: int, end: int, hole: int) -> 
     assert caught.value.iova == hole
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "count"),
+    [
+        (0, 100, 3),
+        (0, 10, 0),
+        (0, 11, 1),
+        (15, 16, 1),
+        (15, 21, 2),
+        (29, 40, 1),
+        (30, 40, 0),
+        (30, 41, 1),
+        (50, ADDRESS_SPACE_END, 0),
+    ],
+)
+def test_mappings_are_counted_without_being_looked_at(start: int, end: int, count: int) -> None:
+    space = filled(mapping(10, 20), mapping(20, 30), mapping(40, 50))
+
+    assert space.count(start, end) == len(space.overlapping(start, end)) == count
+
+
 def test_clear_forgets_everything() -> None:
     space = filled(mapping(0, 1), mapping(5, 6))
 

@@ -115,6 +115,14 @@ class BasicMemoryMapper:
             errno.ENOTSUP, f"map of host memory {hva:#x} (+{size:#x}, {prot}) at IOVA {iova:#x}"
         )
 
+    def find(self, iova: int) -> MappingInfo | None:
+        """Return the mapping that holds ``iova``, or ``None``."""
+        return self._map.find(iova)
+
+    def count(self, iova: int, size: int) -> int:
+        """Return how many mappings an export of this range would look at."""
+        return self._map.count(iova, iova + size)
+
     def mappings(self) -> list[MappingInfo]:
         """Return every mapping by rising IOVA (for inspection)."""
         return list(self._map)

@@ -37,6 +37,9 @@ class AddressMap(Protocol):
     def overlapping(self, start: int, end: int) -> list[MappingInfo]:
         """Return the mappings that touch ``[start, end)``, in order."""
 
+    def count(self, start: int, end: int) -> int:
+        """Return how many mappings touch ``[start, end)``."""
+
     def remove(self, start: int, end: int) -> list[MappingInfo] | None:
         """Remove and return the mappings inside ``[start, end)``; ``None``: it would split one."""
 
@@ -117,6 +120,12 @@ class IntervalMap:
         low = start if first is None else first.iova
         mappings = self._mappings
         return [mappings[s] for s in self._starts.irange(low, end, (True, False))]
+
+    def count(self, start: int, end: int) -> int:
+        """Return how many mappings touch ``[start, end)``. Runtime complexity: `O(log(n))`."""
+        first = self.find(start)
+        low = start if first is None else first.iova
+        return self._starts.bisect_left(end) - self._starts.bisect_left(low)
 
     def remove(self, start: int, end: int) -> list[MappingInfo] | None:
         """Remove the mappings inside ``[start, end)`` and return them, in order.
