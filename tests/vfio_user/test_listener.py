@@ -41,11 +41,12 @@ def test_what_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
     listener.close()
 
 
-def test_a_living_server_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_living_server_is_left_alone(tmp_path: Path, kind: socket.SocketKind) -> None:
     path = tmp_path / "s"
-    first = Listener(path)
+    first = Listener(path, kind)
     with pytest.raises(UsageError, match=r"s: another process does; stop it"):
-        Listener(path)
+        Listener(path, kind)
     assert path.exists()
     first.close()
 

@@ -21,7 +21,9 @@ _MODE: Final = 0o600  # whoever may connect may have us write its memory and fil
 
 
 class Listener:
-    """A non-blocking listening UNIX socket at ``path``, open to this user only.
+    """A non-blocking listening UNIX socket at ``path``, open to this user (and root) only.
+
+    ``kind`` is SOCK_STREAM or SOCK_SEQPACKET.
 
     What a server that died has left there is removed; a server that lives, or
     anything else, is not.
@@ -30,12 +32,12 @@ class Listener:
         UsageError: There can be no socket at ``path``; it says why.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
         self.path = path
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             self.socket.setblocking(False)
-            _remove_stale(path)
+            _remove_stale(path, kind)
             # The mode of the socket is that of its path: no moment with another one.
             os.fchmod(self.socket.fileno(), _MODE)
             self.socket.bind(os.fspath(path))
@@ -64,14 +66,14 @@ class Listener:
                 self.path.unlink()
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, kind: socket.SocketKind) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"can't listen on {path}: there is something that is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
