@@ -45,6 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "vfio_user": GROUND | WAITING | {"iova", "mapper", "memory"},
     "pci": GROUND | WAITING | {"memory", "vfio_user"},
     "virtio": GROUND | WAITING | DEVICE | {"memory", "pci", "vfio_user"},
+    # Exports for other processes: sockets as those of vfio-user, and no PCI.
+    "ipc": GROUND | WAITING | MAPPING | {"memory", "vfio_user"},
     "endpoints": GROUND | WAITING | MAPPING | SERVING | {"domain", "memory"},
     # What a VMM must be told is bytes and strings.
     "vmm": GROUND,
@@ -67,6 +69,10 @@ SANS_IO = (
     "viommu.domain",
     "viommu.export",
     "viommu.iova",
+    "viommu.ipc.conversation",
+    "viommu.ipc.hold",
+    "viommu.ipc.protocol",
+    "viommu.ipc.rate",
     "viommu.mapper",
     "viommu.pci.config_space",
     "viommu.spec.*",
