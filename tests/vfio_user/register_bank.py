@@ -63,7 +63,8 @@ class RegisterBank:
     num_irqs = vfio.PCI_NUM_IRQS
 
     def __init__(self) -> None:
-        self.memory = HeldMemory()
+        self.held_memory = HeldMemory()
+        self.memory: GuestMemory = self.held_memory
         self.irqs: IrqLines | None = None
         self.resets = 0
         #: Whether a reset is done later, and what is to be done: reads, writes, resets.

@@ -189,6 +189,7 @@ IMPOSSIBLE = {
     "iommufd supported null": capabilities(iommufd={"supported": None}),
     "viommu array": capabilities(viommu=["fixed_iova"]),
     "viommu fixed_iova number": capabilities(viommu={"fixed_iova": 1}),
+    "viommu message_dma string": capabilities(viommu={"message_dma": "on"}),
 }
 
 
@@ -222,6 +223,12 @@ POSSIBLE = {
     "unknown": (version(b'{"capabilities":{"new":{"of":1}}}\0'), 1, Capabilities(), False),
     "QEMU": (version(QEMU, minor=0), 0, Capabilities(16, 1 << 20, 65535, 4096, True), True),
     "Cloud Hypervisor": (version(CLOUD_HYPERVISOR), 1, Capabilities(1, 1 << 20), False),
+    "message DMA": (
+        capabilities(viommu={"message_dma": True}),
+        1,
+        Capabilities(message_dma=True),
+        True,
+    ),
     "later minor": (version(minor=500), 1, Capabilities(), False),
 }
 
@@ -309,6 +316,7 @@ def test_a_reply_with_everything_would_fit_into_qemu_s_buffer() -> None:
         st.booleans(),
         st.booleans(),
         st.booleans(),
+        message_dma=st.booleans(),
     ),
     st.integers(0, 0xFFFF),
 )

@@ -6,14 +6,23 @@ import errno
 import logging
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.vfio_user.conftest import HELLO, PAGE, Clock, Peer, open_fds
-from tests.vfio_user.register_bank import BAR, LATER, SHORT, RegisterBank
+from tests.vfio_user.register_bank import (
+    BAR,
+    DMA_ADDRESS,
+    DMA_START,
+    LATER,
+    SHORT,
+    RegisterBank,
+)
 from viommu.deferred import Deferred
 from viommu.errors import BackendError, PeerError
+from viommu.memory import MessageMemory
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import Server, ServerLimits
@@ -56,11 +65,11 @@ class Slow:
     def __init__(self, bank: RegisterBank, peer: Peer, ram: int) -> None:
         self.bank = bank
         peer.ok(Command.DMA_MAP, spec.DMA_MAP.pack(32, 3, 0, 0, PAGE), [ram])
-        bank.memory.held = bank.resets_later = True
+        bank.held_memory.held = bank.resets_later = True
 
     def open(self) -> list[Deferred[bytes] | Deferred[None]]:
         every: list[Deferred[bytes] | Deferred[None]] = [*self.bank.reads]
-        every += [*self.bank.writes, *self.bank.memory.releases]
+        every += [*self.bank.writes, *self.bank.held_memory.releases]
         return [deferred for deferred in every if not deferred.done]
 
     def finish(self) -> None:
@@ -69,7 +78,7 @@ class Slow:
         if deferred in self.bank.reads:
             self.bank.reads[-1].resolve(b"done")
         else:
-            [*self.bank.writes, *self.bank.memory.releases][-1].resolve(None)
+            [*self.bank.writes, *self.bank.held_memory.releases][-1].resolve(None)
 
     def fail(self, number: int) -> None:
         (deferred,) = self.open()
@@ -79,7 +88,7 @@ class Slow:
 @pytest.fixture
 def slow(bank: RegisterBank, peer: Peer, memfd: Callable[..., int]) -> Iterator[Slow]:
     yield Slow(bank, peer, memfd())
-    bank.memory.held = False
+    bank.held_memory.held = False
 
 
 @pytest.fixture(params=WAITING)
@@ -246,7 +255,7 @@ def test_a_client_may_leave_while_it_waits(
     peer.post(command, payload)
     peer.post(Command.REGION_READ, access(0, 4))
     open_before = slow.open()
-    slow.bank.memory.held = False
+    slow.bank.held_memory.held = False
     peer.close()
     assert not server.connected
     assert slow.bank.departures == 1
@@ -281,7 +290,7 @@ def test_the_server_may_close_meanwhile(
     command, payload, _ = waiting
     peer.post(command, payload)
     open_before = slow.open()
-    slow.bank.memory.held = False
+    slow.bank.held_memory.held = False
     server.close()
     assert peer.closed()
     assert slow.bank.departures == 1
@@ -364,7 +373,13 @@ def test_what_came_meanwhile_has_waited_as_long(
 class Line:
     """A client on a socketpair, and what became of it."""
 
-    def __init__(self, loop: Loop, bank: RegisterBank, files: MappedFiles) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        bank: RegisterBank,
+        files: MappedFiles,
+        limits: ServerLimits | None = None,
+    ) -> None:
         self.gone: list[str] = []
         self.refused: list[str] = []
         sock, other = socket.socketpair()
@@ -374,6 +389,7 @@ class Line:
             bank,
             sock,
             files,
+            limits,
             on_gone=self.gone.append,
             on_memory_refused=self.refused.append,
         )
@@ -423,3 +439,150 @@ def test_a_client_without_memory_is_told_of(line: Line) -> None:
     assert line.peer.refused(Command.DEVICE_GET_INFO, info) == errno.EINVAL
     assert line.peer.refused(Command.DEVICE_GET_INFO, info) == errno.EINVAL
     assert line.refused == [line.client.memory_refused]
+
+
+# --- a client that is asked for its memory
+
+TALKATIVE = encode_version(0, Capabilities(message_dma=True))
+START = struct.pack("<Q", 0x5000)
+
+
+class Asking(Line):
+    """A device that asks its client for memory, which has no file."""
+
+    def __init__(
+        self, loop: Loop, bank: RegisterBank, files: MappedFiles, limits: ServerLimits
+    ) -> None:
+        self.memory = MessageMemory()
+        bank.memory = self.memory
+        super().__init__(loop, bank, files, limits)
+        self.peer.ok(Command.VERSION, TALKATIVE)
+        self.peer.ok(Command.DMA_MAP, spec.DMA_MAP.pack(32, 3, 0, 0x5000, PAGE))
+        self.peer.ok(Command.REGION_WRITE, access(DMA_ADDRESS, 8, START))
+
+    def answer(self, ident: int = 0, error: int = 0) -> None:
+        """Send the answer to a DMA_WRITE, before it was asked for: the server waits for it."""
+        flags = spec.F_TYPE_REPLY | (spec.F_ERROR if error else 0)
+        self.peer.socket.send(spec.HEADER.pack(ident, Command.DMA_WRITE, 16, flags, error))
+
+    def kick(self, flags: int = 0) -> None:
+        """Send the write that starts the DMA, and let nothing happen yet."""
+        self.peer.id += 1
+        payload = access(DMA_START, 4, b"data")
+        header = spec.HEADER.pack(self.peer.id, Command.REGION_WRITE, 36, flags, 0)
+        self.peer.socket.send(header + payload)
+
+
+@pytest.fixture
+def asking(loop: Loop, bank: RegisterBank, files: MappedFiles) -> Iterator[Asking]:
+    asking = Asking(loop, bank, files, ServerLimits(dma_time=0.01))
+    yield asking
+    asking.client.close()
+    asking.peer.socket.close()
+    assert asking.memory.port is None
+    assert asking.memory.regions() == []
+
+
+def test_the_write_that_starts_dma_is_answered_first(asking: Asking) -> None:
+    asking.kick()
+    asking.answer()
+    asking.peer.turn(1)
+    first, second = asking.peer.receive(), asking.peer.receive()
+    assert first is not None
+    assert second is not None
+    assert (first.command, first.flags) == (Command.REGION_WRITE, spec.F_TYPE_REPLY)
+    assert second.command == Command.DMA_WRITE
+    assert second.payload == spec.DMA_ACCESS.pack(0x5000, 4) + b"data"
+    asking.peer.ok(Command.REGION_READ, access(0, 4))
+
+
+def test_a_posted_write_may_start_dma(asking: Asking) -> None:
+    asking.kick(POSTED)
+    asking.answer()
+    asking.peer.turn(1)
+    message = asking.peer.receive()
+    assert message is not None
+    assert message.command == Command.DMA_WRITE
+
+
+def test_commands_that_come_meanwhile_are_served_in_order_afterwards(asking: Asking) -> None:
+    asking.kick()
+    ids = range(1, 101)  # more than are handled in one turn
+    for ident in ids:
+        header = spec.HEADER.pack(ident, Command.REGION_READ, 32, 0, 0)
+        asking.peer.socket.send(header + access(DMA_START, 4))
+    asking.answer()
+    asking.peer.turn(6)
+    messages = list(iter(asking.peer.receive, None))
+    assert [m.command for m in messages[:2]] == [Command.REGION_WRITE, Command.DMA_WRITE]
+    assert [m.id for m in messages[2:]] == list(ids)
+    assert messages[2].payload[16:] == b"data", "the write was done before"
+
+
+def test_the_client_may_refuse(asking: Asking, caplog: pytest.LogCaptureFixture) -> None:
+    asking.kick()
+    asking.answer(error=errno.EFAULT)
+    asking.peer.turn(1)
+    assert asking.peer.receive() is not None, "the write was answered before"
+    assert "Bad address" in caplog.text
+    assert asking.client.counters.refused == 1
+    asking.peer.receive()
+    asking.peer.ok(Command.REGION_READ, access(0, 4))
+
+
+@pytest.mark.parametrize("posted", [0, POSTED])
+def test_a_client_that_does_not_answer_is_dropped(asking: Asking, posted: int) -> None:
+    asking.kick(posted)
+    asking.peer.turn(3)
+    assert asking.gone == ["it did not answer for its memory within 0.01 s"]
+    commands = [] if posted else [Command.REGION_WRITE]
+    for command in (*commands, Command.DMA_WRITE):
+        message = asking.peer.receive()
+        assert message is not None
+        assert message.command == command
+    assert asking.peer.closed()
+
+
+def test_a_client_that_goes_meanwhile_is_dropped(asking: Asking, bank: RegisterBank) -> None:
+    asking.kick(POSTED)
+    asking.peer.socket.shutdown(socket.SHUT_WR)
+    asking.peer.turn(3)
+    assert asking.gone == ["closed by the peer"]
+    assert bank.departures == 1
+
+
+def test_a_client_that_left_before_is_not_asked(asking: Asking, bank: RegisterBank) -> None:
+    asking.kick()
+    asking.client._serve()  # the write is answered, and left to be done
+    asking.client.close()
+    asking.peer.turn()
+    assert bank.bytes[BAR][DMA_START : DMA_START + 4] == bytes(4)
+
+
+def test_what_is_done_behind_an_answer_may_take_its_time(
+    asking: Asking, bank: RegisterBank
+) -> None:
+    asking.peer.ok(Command.REGION_WRITE, WRITE)
+    asking.peer.post(Command.REGION_READ, access(0, 4))
+    assert asking.peer.receive() is None
+    bank.writes[0].refuse(PeerError(errno.ENXIO, "no such register"))
+    asking.peer.turn()
+    assert asking.peer.receive() is not None
+    assert asking.client.counters.refused == 1
+    asking.peer.ok(Command.REGION_WRITE, WRITE)
+    asking.client.close()
+    bank.writes[1].resolve(None)
+
+
+def test_memory_without_a_file_is_no_reason_to_refuse_such_a_client(asking: Asking) -> None:
+    asking.peer.ok(Command.DEVICE_GET_INFO, spec.DEVICE_INFO.pack(16, 0, 0, 0))
+
+
+def test_qemu_is_not_asked(loop: Loop, bank: RegisterBank, files: MappedFiles) -> None:
+    """Its main loop can't answer while one of its CPUs waits for us."""
+    bank.memory = memory = MessageMemory()
+    line = Line(loop, bank, files)
+    line.peer.ok(Command.VERSION, QEMU)
+    assert memory.port is None
+    line.client.close()
+    line.peer.socket.close()

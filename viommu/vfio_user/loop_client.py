@@ -452,9 +452,14 @@ class LoopClient:
 
 
 def _default_offers(*, serves: bool) -> Capabilities:
-    # Serving DMA has no capability of its own: send what QEMU sends, which does.
+    # That DMA is served has no capability in the specification: send what QEMU sends,
+    # which does, and what says that it is served whatever else we wait for.
     if serves:
         return Capabilities(
-            requests.MAX_REPLY_FDS, max_dma_maps=_MAX_DMA_MAPS, pgsizes=_PAGE, write_multiple=True
+            requests.MAX_REPLY_FDS,
+            max_dma_maps=_MAX_DMA_MAPS,
+            pgsizes=_PAGE,
+            write_multiple=True,
+            message_dma=True,
         )
     return Capabilities(requests.MAX_REPLY_FDS, write_multiple=True)

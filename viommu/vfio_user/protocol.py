@@ -198,15 +198,17 @@ class Capabilities:
     #: The iommufd commands, and there IOVAs that the client chooses (viommu's own).
     iommufd: bool = False
     fixed_iova: bool = False
+    #: Answers DMA_READ and DMA_WRITE at any time, whatever it waits for (viommu's own).
+    message_dma: bool = False
 
     @property
     def serves_dma(self) -> bool:
         """Return whether this client answers DMA_READ and DMA_WRITE.
 
-        No capability says so. QEMU serves them and sends ``max_dma_maps`` and
-        ``pgsizes``; Cloud Hypervisor doesn't, and sends neither.
+        No capability of the specification says so. QEMU serves them and sends
+        ``max_dma_maps`` and ``pgsizes``; Cloud Hypervisor doesn't, and sends neither.
         """
-        return self._is_qemu
+        return self._is_qemu or self.message_dma
 
     @property
     def forgets(self) -> bool:
@@ -257,8 +259,9 @@ class Capabilities:
             values["write_multiple"] = True
         if self.iommufd:
             values[iommufd.CAPABILITY] = {"supported": True}
-        if self.fixed_iova:
-            values[iommufd.CAPABILITY_OF_VIOMMU] = {"fixed_iova": True}
+        ours = {"fixed_iova": self.fixed_iova, "message_dma": self.message_dma}
+        if any(ours.values()):
+            values[iommufd.CAPABILITY_OF_VIOMMU] = {key: True for key in ours if ours[key]}
         return json.dumps({"capabilities": values}, separators=(",", ":")).encode() + b"\0"
 
     @classmethod
@@ -282,6 +285,7 @@ class Capabilities:
         known = _object(document, "capabilities")
         migration = _object(known, "migration")
         _number(migration, "pgsize", _PAGE, multiple=_PAGE)
+        ours = _object(known, iommufd.CAPABILITY_OF_VIOMMU)
         fds = _number(known, "max_msg_fds", 0, _MAX_FDS_LIMIT)
         data = _number(known, "max_data_xfer_size", 0)
         return cls(
@@ -291,7 +295,8 @@ class Capabilities:
             pgsizes=_number(known, "pgsizes", _PAGE, multiple=_PAGE),
             write_multiple=_boolean(known, "write_multiple"),
             iommufd=_boolean(_object(known, iommufd.CAPABILITY), "supported"),
-            fixed_iova=_boolean(_object(known, iommufd.CAPABILITY_OF_VIOMMU), "fixed_iova"),
+            fixed_iova=_boolean(ours, "fixed_iova"),
+            message_dma=_boolean(ours, "message_dma"),
         )
 
 

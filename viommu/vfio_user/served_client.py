@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from viommu.deferred import Deferred
 from viommu.vfio_user.connection import Connection, peer_process
+from viommu.vfio_user.message_port import MessagePort
 from viommu.vfio_user.protocol import MessageSizeError
 from viommu.vfio_user.session import Answer, ServerLimits, Session, SessionCounters
 
@@ -30,7 +31,8 @@ class ServedClient:
     """One client on ``sock``, which is owned and made non-blocking; driven by ``loop``.
 
     Messages are handled in order. While the answer to one is awaited from the
-    device, or the client doesn't read, nothing further is read from it.
+    device, or the client doesn't read, nothing further is read from it. The device
+    may wait for the client's memory: see :class:`~viommu.memory.MessageMemory`.
 
     ``counters`` may be those of the client before. ``on_gone`` is told why when the
     client has left, or was dropped for what it did; the device is disconnected by
@@ -68,8 +70,16 @@ class ServedClient:
             peer=peer_process(sock),
             refuse=self._refuse_memory,
         )
-        # The answer that is awaited; nothing else is read or sent meanwhile.
-        self._awaited: Deferred[Answer | None] | None = None
+        self._port = MessagePort(
+            self._connection,
+            self._session.fresh_id,
+            self._limits.dma_time,
+            noticed=lambda: loop.call_soon(self._serve),
+            lost=self._lost,
+        )
+        self._session.port = self._port
+        # Something has to be done before the next message is read, or a command sent.
+        self._held = False
         # Since when, at the earliest, what has not been read waits in the socket.
         self._unread_since = math.inf
         self._deadline = loop.call_later(self._limits.negotiation_time, self._too_late)
@@ -94,7 +104,7 @@ class ServedClient:
         while not self.closed and self._connection.hung_up:
             if self._connection.backlog:
                 self._drop("closed by the peer before it read its replies")
-            elif self._awaited is not None:
+            elif self._held:
                 self._left_waiting()
             else:
                 self._serve()
@@ -106,10 +116,10 @@ class ServedClient:
     def _serve(self) -> None:
         """Handle the messages that have arrived, up to a turn's worth."""
         for _ in range(self._limits.messages_per_turn):
-            if self.closed or self._connection.backlog or self._awaited is not None:
+            if self.closed or self._connection.backlog or self._held:
                 return
             try:
-                message = self._connection.receive()
+                message = self._port.take() or self._connection.receive()
             except MessageSizeError as error:
                 self._send_answer(self._session.reject(error))
             except EOFError as error:
@@ -121,29 +131,47 @@ class ServedClient:
                     return
                 self._handle(message)
             self._ask()
+        if self._port.arrived:
+            self._loop.call_soon(self._serve)
 
     def _handle(self, message: Message) -> None:
         since = min(self._loop.ready_since, self._unread_since)
         answer = self._session.handle(message)
         if isinstance(answer, Deferred):
-            self._awaited = answer
             self._unread_since = since
-            self._loop.on_readable(self._connection, None)
-            self._loop.on_hang_up(self._connection, self._left_waiting)
+            self._hold()
             answer.then(partial(self._answered, message, since))
         elif answer is not None:
             self._answer(message, since, answer)
 
     def _answered(self, message: Message, since: float, awaited: Deferred[Answer | None]) -> None:
         """Go on: the answer to a message is there."""
-        self._awaited = None
-        if not self._connection.unread:
-            self._unread_since = math.inf
-        self._loop.on_hang_up(self._connection, None)
-        self._loop.on_readable(self._connection, self._serve)
+        self._resume()
         if (answer := awaited.result()) is not None:
             self._answer(message, since, answer)
         self._ask()
+
+    def _hold(self) -> None:
+        """Read nothing further for now, but notice when the client goes."""
+        self._held = True
+        self._loop.on_readable(self._connection, None)
+        self._loop.on_hang_up(self._connection, self._left_waiting)
+
+    def _resume(self) -> None:
+        if self._port.ended:
+            return  # the client is about to be dropped
+        self._held = False
+        if not self._connection.unread:
+            self._unread_since = math.inf
+        self._loop.on_hang_up(self._connection, None)
+        self._read()
+
+    def _read(self) -> None:
+        """Take messages again."""
+        if not self._held and not self._connection.backlog:
+            self._loop.on_readable(self._connection, self._serve)
+            if self._port.arrived:
+                self._loop.call_soon(self._serve)
 
     def _answer(self, message: Message, since: float, answer: Answer) -> None:
         """Answer a message that may have come at ``since``."""
@@ -156,10 +184,23 @@ class ServedClient:
             self._send(answer.data, answer.fds)
         if answer.hang_up:
             self._drop("its messages can't be served")
+        elif answer.then is not None and not self.closed:
+            self._hold()
+            self._loop.call_soon(partial(self._follow_up, answer))
+
+    def _follow_up(self, answer: Answer) -> None:
+        """Do what an answer has left to be done, now that it is on its way."""
+        if self.closed:
+            return
+        done = self._session.follow_up(answer)
+        if done is None:
+            self._resume()
+        else:
+            done.then(lambda _: self._resume())
 
     def _ask(self) -> None:
         """Send a command of ours, now that all of the client's are answered."""
-        if self.closed or self._connection.backlog or self._awaited is not None:
+        if self.closed or self._connection.backlog or self._held:
             return
         if (command := self._session.next_command()) is not None:
             self._send(command)
@@ -183,11 +224,16 @@ class ServedClient:
             return
         if not self._connection.backlog:
             self._loop.on_writable(self._connection, None)
-            self._loop.on_readable(self._connection, self._serve)
+            self._read()
 
     def _too_late(self) -> None:
         if not self._session.ready:
             self._drop("it did not negotiate in time")
+
+    def _lost(self, why: str) -> None:
+        """Drop the client, but not before its device has finished what it is doing."""
+        self._held = True
+        self._loop.call_soon(partial(self._drop, why))
 
     def _left_waiting(self) -> None:
         self._drop("closed by the peer while it waited for an answer")
@@ -212,6 +258,7 @@ class ServedClient:
         self._deadline.cancel()
         _LOG.info("%s: client disconnected: %s", self.device.name, why)
         self._loop.forget(self._connection)
+        self._port.end(why)
         self._connection.close()
         self._session.close()
         return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from viommu.deferred import Deferred
 from viommu.errors import InternalError, MemoryNotShared, PeerError, ViommuError
+from viommu.memory import MessageMemory
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from viommu.memory import MappedFiles
+    from viommu.vfio_user.message_port import MessagePort
     from viommu.vfio_user.served import IrqInfo, RegionInfo, ServedDevice
 
 __all__ = ["Answer", "Later", "Result", "ServerLimits", "Session", "SessionCounters", "after"]
@@ -70,6 +72,8 @@ class ServerLimits:
     negotiation_time: float = 10.0
     #: After that long a client may have forgotten what it asked; QEMU does after 5 s.
     reply_time: float = 4.5
+    #: How long a device waits for memory that the client reads and writes for it.
+    dma_time: float = 5.0
     #: How many posted writes may be under way in the device at once.
     open_posted: int = 64
     #: How many messages are handled before other sockets get their turn.
@@ -94,18 +98,24 @@ class SessionCounters:
 
 
 class Answer(NamedTuple):
-    """What to send: ``data`` in one go with ``fds``, which stay the device's."""
+    """What to send: ``data`` in one go with ``fds``, which stay the device's.
+
+    ``then`` is left to be done in the next turn, before the next message: see
+    :meth:`Session.follow_up`.
+    """
 
     data: bytes
     fds: tuple[int, ...] = ()
     hang_up: bool = False
+    then: Callable[[], Deferred[None] | None] | None = None
 
 
 class Result(NamedTuple):
-    """What a command brought: the payload of its reply, and ``fds``, which stay the device's."""
+    """What a command brought: the payload of its reply; the rest is as in :class:`Answer`."""
 
     payload: bytes = b""
     fds: tuple[int, ...] = ()
+    then: Callable[[], Deferred[None] | None] | None = None
 
 
 class Later(NamedTuple, Generic[T]):
@@ -139,6 +149,8 @@ class Session:
     ) -> None:
         self.ready = False
         self.capabilities = Capabilities()
+        #: How the client is asked for memory, if it is one that can be asked at any time.
+        self.port: MessagePort | None = None
         self._device = device
         self._memory = device.memory
         self._files = files
@@ -155,6 +167,7 @@ class Session:
         self._next_id = 0
         self._reading: tuple[int, int, int] | None = None  # id, address, size
         self._open_posted = 0
+        self._asked: MessageMemory | None = None  # some of which the client is asked for
         self._handlers: dict[int, Callable[[Message], Result | Later[Any]]] = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -195,6 +208,26 @@ class Session:
         data = error_reply(message, self._refused(message.command, error))
         return Answer(b"" if message.no_reply else data, hang_up=error.lost or not self.ready)
 
+    def follow_up(self, answer: Answer) -> Deferred[None] | None:
+        """Do what is left to be done behind an answer; nobody hears of it when that fails.
+
+        A result, which never comes once the session is closed, must be waited for
+        before the next message is handled.
+        """
+        act = answer.then
+        done = None if act is None else self._attempt(Command.REGION_WRITE, act)
+        if not isinstance(done, Deferred):
+            return None
+        concluded: Deferred[None] = Deferred()
+
+        def conclude(value: Deferred[None]) -> None:
+            if self.ready:
+                self._attempt(Command.REGION_WRITE, value.result)
+                concluded.resolve(None)
+
+        done.then(conclude)
+        return concluded
+
     def withhold(self, message: Message, answer: Answer) -> Answer:
         """Return what to send instead of an answer that comes too late.
 
@@ -208,7 +241,7 @@ class Session:
             self._was_late = True
             name, limit = self._device.name, self._limits.reply_time
             _LOG.warning("%s: a reply took more than %s s and was withheld", name, limit)
-        return Answer(error_reply(message, errno.ETIMEDOUT), hang_up=answer.hang_up)
+        return answer._replace(data=error_reply(message, errno.ETIMEDOUT), fds=())
 
     def suspect_memory(self, gpa: int | None = None) -> None:
         """Have guest memory (the page at ``gpa``) compared with what the client sees."""
@@ -218,10 +251,15 @@ class Session:
         """Return a command to send to the client when all its commands are answered."""
         if not self.ready or (wanted := self._probe.next_read()) is None:
             return None
-        ident = self._next_id
-        self._next_id = (ident + 1) & 0xFFFF
+        ident = self.fresh_id()
         self._reading = (ident, *wanted)
         return command_message(ident, Command.DMA_READ, spec.DMA_ACCESS.pack(*wanted))
+
+    def fresh_id(self) -> int:
+        """Return an id for a command to send to the client."""
+        ident = self._next_id
+        self._next_id = (ident + 1) & 0xFFFF
+        return ident
 
     def close(self) -> None:
         """The client has gone: quiesce the device, then drop memory and interrupts."""
@@ -232,7 +270,9 @@ class Session:
         except Exception:  # noqa: BLE001 - see _defect
             self._defect()
         finally:
-            self._memory.unmap_all()
+            if self._asked is not None:
+                self._asked.port = None
+            self._memory.close()
             self._lines.close()
 
     def _attempt(self, command: int, act: Callable[[], T]) -> T | int:
@@ -254,7 +294,7 @@ class Session:
             return Answer(b"", hang_up=True) if hang_up else None
         if isinstance(result, int):
             return Answer(error_reply(message, result), hang_up=hang_up)
-        return Answer(reply_message(message, result.payload), result.fds)
+        return Answer(reply_message(message, result.payload), result.fds, then=result.then)
 
     def _wait(self, message: Message, later: Later[Any]) -> Answer | Deferred[Answer | None] | None:
         """Return the answer to a message whose result is not there yet."""
@@ -315,9 +355,18 @@ class Session:
         self._irqs = [device.irq_info(i) for i in range(device.num_irqs)]
         self._lines = IrqLines([info.count for info in self._irqs])
         self._probe = SharingProbe(self._memory, enabled=self.capabilities.serves_dma)
+        self._open_port()
         device.connect(self._lines)
         self.ready = True
         return Result(payload)
+
+    def _open_port(self) -> None:
+        """Let memory be reached by messages, if both sides are made for that."""
+        theirs, memory, port = self.capabilities, self._memory, self.port
+        if isinstance(memory, MessageMemory) and theirs.message_dma and port is not None:
+            port.max_transfer = min(port.max_transfer, max(1, theirs.max_data_xfer_size))
+            memory.port = port
+            self._asked = memory
 
     def _dma_map(self, message: Message) -> Result:
         argsz, flags, offset, gpa, size = _unpack(message, spec.DMA_MAP)
@@ -378,7 +427,7 @@ class Session:
     def _check_memory(self) -> None:
         """Refuse a client whose RAM is out of reach: QEMU has mapped all of it by GET_INFO."""
         regions = self._memory.regions()
-        why = why_out_of_reach(regions)
+        why = why_out_of_reach(regions) if self._asked is None else None
         if why is None and regions and self._probe.verdict is Verdict.UNKNOWN:
             self._probe.verdict = look_at_peer(self._peer, regions)
             self._peer = 0  # one look a client: the answer may be long
@@ -437,8 +486,13 @@ class Session:
         if region < vfio.PCI_NUM_BARS:
             self._probe.touched()
         head = message.payload[: spec.REGION_ACCESS.size]
-        done = self._device.region_write(region, offset, data) if count else None
-        return after(done, lambda _: Result(head))
+        if not count:
+            return Result(head)
+        write = partial(self._device.region_write, region, offset, data)
+        if self._asked is not None and not message.no_reply:
+            # It may start DMA, for which the client is asked: it must not wait for us then.
+            return Result(head, then=write)
+        return after(write(), lambda _: Result(head))
 
     def _check_access(self, offset: int, region: int, count: int) -> None:
         size = self._region(region).size
