@@ -19,7 +19,7 @@ MAX_LINES = 700
 GROUND = {"_version", "errors", "spec"}
 WAITING = {"deferred", "events", "loop"}
 MAPPING = {"basic", "export", "iova", "mapper"}
-DEVICE = {"device", "domain"}
+DEVICE = {"config", "device", "domain", "settlement"}
 SERVING = {"pci", "vfio_user", "virtio"}
 
 ROOMS: dict[str, set[str]] = {
@@ -39,7 +39,9 @@ ROOMS: dict[str, set[str]] = {
     "export": GROUND | {"events", "mapper", "memory"},
     # The device: one request in, one reply out.
     "domain": GROUND | {"events"} | MAPPING,
-    "device": GROUND | {"domain", "events"} | MAPPING,
+    "settlement": GROUND | {"domain", "events"} | MAPPING,
+    "config": GROUND | MAPPING,
+    "device": GROUND | {"config", "domain", "events", "settlement"} | MAPPING,
     # Transports. The vfio-user server defines the protocol of what it serves and
     # knows neither PCI nor virtio; PCI implements that protocol; virtio sits on PCI.
     "vfio_user": GROUND | WAITING | {"iova", "mapper", "memory"},

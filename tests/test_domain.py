@@ -162,6 +162,25 @@ def test_a_mapper_that_disagrees_about_what_is_mapped_is_our_bug() -> None:
     assert list(domain.map) == [TWO]
 
 
+def test_a_map_that_is_taken_out_is_gone_everywhere_and_says_who_must_let_go() -> None:
+    mappers = [Flaky(), Flaky(), Flaky()]
+    domain = translating(*mappers)
+    domain.map_range(ONE)
+    domain.map_range(TWO)
+    mappers[0].start_export_session()
+    mappers[0].export(PAGE, 4)
+    mappers[2].remove_fails = {1}
+
+    waits = domain.take_out(TWO)
+
+    assert len(waits) == 1
+    assert list(domain.map) == mappers[0].mappings() == mappers[1].mappings() == [ONE]
+    assert mappers[2].mappings() == []
+    assert [group.broken is None for group in domain.groups] == [True, True, False]
+    mappers[0].release(PAGE, 4)
+    assert waits[0].is_set()
+
+
 def test_unmapping_exported_memory_of_two_mappers_waits_for_both() -> None:
     mappers = [Flaky(), Flaky(), Flaky()]
     domain = translating(*mappers)
@@ -175,6 +194,39 @@ def test_unmapping_exported_memory_of_two_mappers_waits_for_both() -> None:
     assert len(waits) == 2
     mappers[0].release(0, 4)
     assert [w.is_set() for w in waits] == [True, False]
+
+
+def test_a_group_that_is_taken_back_holds_its_domain_again() -> None:
+    mapper = Flaky()
+    home, other = translating(mapper), Domain(DomainKind.TRANSLATING, 2)
+    home.map_range(ONE)
+    (group,) = home.groups
+    other.map.add(TWO)
+    other.take(group)
+    mapper.start_export_session()
+    mapper.export(PAGE, 4)
+
+    resolution = home.take_back(group)
+
+    assert resolution is not None
+    assert mapper.mappings() == [ONE]
+    assert (group.domain, group.broken) == (home, None)
+    home._check()
+    other._check()
+
+
+def test_a_group_that_can_not_be_put_right_is_taken_back_broken() -> None:
+    mapper = Flaky()
+    home, other = translating(mapper), Domain(DomainKind.TRANSLATING, 2)
+    home.map_range(ONE)
+    (group,) = home.groups
+    other.take(group)
+    mapper.add_fails = {2}
+
+    assert home.take_back(group) is None
+    assert mapper.mappings() == []
+    assert group.domain is home
+    assert "putting its domain back failed" in str(group.broken)
 
 
 class Joining(Flaky):
@@ -346,6 +398,10 @@ def test_a_group_moves_in_one_step_where_its_host_can(able: bool) -> None:
     assert moving.switched == ([([TWO], [mate])] if able else [])
     assert (old.groups, new.groups[-1], group.domain) == ([], group, new)
     new._check()
+    assert old.take_back(group) is None
+    assert moving.mappings() == [ONE]
+    assert len(moving.switched) == (2 if able else 0)
+    old._check()
 
 
 def test_a_group_leaves_bypass_in_one_step_and_enters_it_so() -> None:
@@ -414,12 +470,14 @@ def test_reserved_regions_are_sorted() -> None:
     assert sorted_reserved([X86_MSI_WINDOW, first]) == (first, X86_MSI_WINDOW)
 
 
-@pytest.mark.parametrize("damage", ["kind", "group"])
+@pytest.mark.parametrize("damage", ["kind", "group", "deferred"])
 def test_check_finds_damage(damage: str) -> None:
     domain = translating(Flaky())
     if damage == "kind":
         domain.map_range(ONE)
         domain.kind = DomainKind.BLOCKED
+    elif damage == "deferred":
+        domain.deferred.append(domain.groups[0])
     else:
         domain.groups[0].domain = Domain(DomainKind.BLOCKED)
 

@@ -8,11 +8,12 @@ Source: virtio 1.2, 5.13 "IOMMU device".
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from viommu.basic import DEFAULT_PAGE_SIZES
+from viommu.config import IommuConfig, Limits
 from viommu.domain import (
     X86_MSI_WINDOW,
     Domain,
@@ -24,11 +25,12 @@ from viommu.domain import (
 from viommu.errors import Access, GuestError, InternalError, UsageError, ViommuError, status_of
 from viommu.iova import ADDRESS_SPACE_END
 from viommu.mapper import MappingInfo
+from viommu.settlement import REPLIES, Parked, Refusal, break_groups, refusals_of, settle, unsettled
 from viommu.spec import virtio_iommu as spec
 from viommu.spec.virtio_iommu import FaultReason, Feature, RequestType, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from viommu.domain import ReservedRegion
     from viommu.errors import TranslationFault
@@ -37,56 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IommuConfig", "Limits", "Parked", "VirtioIommu"]
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What a guest can make the device remember; beyond it requests get NOMEM.
-
-    Linux uses a domain for each group and a mapping for each DMA in flight.
-    Precedents: Cloud Hypervisor allows 2**16 domains and 2**20 mappings each.
-    """
-
-    domains: int = 4096
-    mappings_per_domain: int = 1 << 20
-    mappings: int = 1 << 21
-    pending_faults: int = 256
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UsageError(f"limit {name} must be positive, not {value}")
-
-
-@dataclass(frozen=True)
-class IommuConfig:
-    """What the device offers. Ranges are half-open.
-
-    ``page_size_mask`` has a bit for each page size, the lowest is the granule.
-    ``input_range`` is the IOVAs that can be mapped, ``domain_range`` the domain
-    numbers. ``boot_bypass``: unattached endpoints reach all of guest memory.
-    """
-
-    page_size_mask: int = DEFAULT_PAGE_SIZES
-    input_range: tuple[int, int] = (0, 1 << 48)
-    domain_range: tuple[int, int] = (0, 1 << 32)
-    probe_size: int = 512
-    boot_bypass: bool = False
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.page_size_mask < ADDRESS_SPACE_END:
-            raise UsageError(
-                f"page_size_mask needs a bit below 2**64, not {self.page_size_mask:#x}"
-            )
-        for name, (start, end), top in (
-            ("input_range", self.input_range, ADDRESS_SPACE_END),
-            ("domain_range", self.domain_range, 1 << 32),
-        ):
-            if not 0 <= start < end <= top:
-                raise UsageError(f"{name} [{start:#x}, {end:#x}) is empty or passes {top:#x}")
-        if not spec.RESV_MEM.size <= self.probe_size <= 1 << 16 or self.probe_size % 4:
-            raise UsageError(f"probe_size {self.probe_size} is not a multiple of 4 in 24 to 65536")
-
+_log: Final = logging.getLogger(__name__)
 
 # One bit each: every feature of the standard but the old F_BYPASS, which a device
 # must not offer beside BYPASS_CONFIG.
@@ -104,8 +57,7 @@ FEATURES: Final = sum(
 
 _CONFIG_BYPASS: Final = spec.Config.bypass.offset  # type: ignore[attr-defined]
 
-_REPLIES: Final = [bytes((status, 0, 0, 0)) for status in range(len(Status))]
-_OK: Final = _REPLIES[Status.OK]
+_OK: Final = REPLIES[Status.OK]
 
 # A MAP's flags are two bits of protection; the MMIO bit says what is mapped.
 _PROT: Final = {
@@ -114,20 +66,6 @@ _PROT: Final = {
     spec.MAP_F_WRITE: Access.WRITE,
     spec.MAP_F_READ | spec.MAP_F_WRITE: Access.READ | Access.WRITE,
 }
-
-
-class Parked:
-    """A request whose reply waits until exported memory has been released.
-
-    Wait until each of ``events`` is readable, then put ``reply`` on the used
-    ring. Take no further request meanwhile.
-    """
-
-    __slots__ = ("events", "reply")
-
-    def __init__(self, events: Sequence[Event], reply: bytes) -> None:
-        self.events = tuple(events)
-        self.reply = reply
 
 
 class VirtioIommu:
@@ -153,6 +91,8 @@ class VirtioIommu:
         self._blocked = Domain(DomainKind.BLOCKED)
         self._bypassed = Domain(DomainKind.BYPASS)
         self._groups: list[EndpointGroup] = []
+        # Moved by no request, and their mappers have not told us how that ended.
+        self._unheard: list[EndpointGroup] = []
         self._pending: deque[bytes] = deque()
         self._listening = False
         self._granule_mask = (self.config.page_size_mask & -self.config.page_size_mask) - 1
@@ -201,6 +141,7 @@ class VirtioIommu:
         if group is None:
             group = self._unattached.add_group(mapper, regions)
             self._groups.append(group)
+            self._hear_of(group)
         elif group.reserved != regions:
             raise UsageError(f"endpoints of mapper {mapper.id()} differ in reserved regions")
         endpoint = Endpoint(endpoint_id, group, regions)
@@ -235,25 +176,31 @@ class VirtioIommu:
 
         A value other than 0 and 1 is ignored, so that the field never shows one.
 
-        Returns the resolution events of exports that this revoked. A register write
-        has no reply that could wait for them: the next request should not be taken
-        before they fire, so that at least its reply says that memory is free.
+        Returns events: of exports that this revoked, and of mappers that answer later.
+        A register write has no reply that could wait for them: the next request should
+        not be taken before they fire and :meth:`settle` returns no more, so that at
+        least its reply says that memory is free.
         """
         at = _CONFIG_BYPASS - offset
         if not 0 <= at < len(data) or not self.features >> Feature.BYPASS_CONFIG & 1:
             return []
         if data[at] > 1 or data[at] == self.bypass:
             return []
-        return self._set_bypass(bool(data[at]))
+        return self._set_bypass(bool(data[at])) + self.settle()
 
     # -- resets -------------------------------------------------------------
 
     def reset(self) -> list[Event]:
         """Reset the device: no endpoint is attached, no domain exists; ``bypass`` stays.
 
-        Returns the resolution events of exports that this revoked: until they
-        fire, endpoints may still be using memory that the guest thinks is its own.
+        Returns events: of exports that this revoked, and of mappers that answer later.
+        Until they have fired and :meth:`settle` returns no more, endpoints may still be
+        using memory that the guest thinks is its own. A request that is parked is not
+        to be concluded.
         """
+        return self._reset() + self.settle()
+
+    def _reset(self) -> list[Event]:
         waits: list[Event] = []
         for domain in list(self.domains.values()):
             for endpoint in list(domain.endpoints.values()):
@@ -261,6 +208,9 @@ class VirtioIommu:
                 endpoint.domain = None
             for group in list(domain.groups):
                 self._release_group(group, waits)
+        # A DETACH may have been parked: its mapper is to be heard as well.
+        for group in self._groups:
+            self._hear_of(group)
         self.domains.clear()
         self.mappings = 0
         self.features = FEATURES
@@ -270,10 +220,35 @@ class VirtioIommu:
 
     def system_reset(self) -> list[Event]:
         """Reset the device and restore ``bypass`` to what it is at boot."""
-        waits = self.reset()
+        waits = self._reset()
         if self.bypass != self.config.boot_bypass:
             waits += self._set_bypass(self.config.boot_bypass)
+        return waits + self.settle()
+
+    def settle(self) -> list[Event]:
+        """Hear what became of resets, of writes of ``bypass``, and of adding endpoints.
+
+        Their mappers may answer later. An endpoint whose mapper refuses bypass is
+        blocked. To be called when the events of those calls have fired, and before the
+        first request. Returns further events: call it again when they have fired.
+        """
+        waits: list[Event] = []
+        unheard, self._unheard = self._unheard, []
+        for group in unheard:
+            events = unsettled([group])
+            if not events and (refusals := refusals_of([group])):
+                _log.warning("mapper %d refuses bypass: %s", group.mapper.id(), refusals[0].error)
+                if group.domain is self._bypassed:
+                    self._force(group, self._blocked, waits)
+                events = unsettled([group])
+            if events:
+                self._unheard.append(group)
+                waits += events
         return waits
+
+    def _hear_of(self, group: EndpointGroup) -> None:
+        if group.deferred is not None and group not in self._unheard:
+            self._unheard.append(group)
 
     # -- requests -----------------------------------------------------------
 
@@ -305,7 +280,7 @@ class VirtioIommu:
             return handler(request)
         except ViommuError as error:
             self.refused += 1
-            return _REPLIES[status_of(error)]
+            return REPLIES[status_of(error)]
 
     def _attach(self, request: bytes) -> bytes | Parked:
         if len(request) < spec.ATTACH.size:
@@ -337,10 +312,7 @@ class VirtioIommu:
         # A domain that nobody is left behind in is destroyed: it makes room.
         if len(self.domains) >= self.config.limits.domains and not _leaves_none(endpoint):
             raise GuestError(Status.NOMEM, f"limit of {self.config.limits.domains} domains")
-        domain = Domain(kind, domain_id)
-        reply = self._move(endpoint, domain)
-        self.domains[domain_id] = domain
-        return reply
+        return self._move(endpoint, Domain(kind, domain_id))
 
     def _check_compatible(self, endpoint: Endpoint, domain: Domain) -> None:
         """Refuse an endpoint whose PROBE says other things than those of its new mates."""
@@ -368,31 +340,33 @@ class VirtioIommu:
                 "which is in another domain",
             )
         moving = [endpoint] if group.domain is domain else [endpoint, *mates]
-        resolution = domain.take(group)
-        for each in moving:
-            self._forget(each)
-            each.domain = domain
-            domain.endpoints[each.id] = each
-        return _OK if resolution is None else Parked([resolution], _OK)
+        return self._change(
+            [group] if group.deferred else [],
+            partial(self._enter, group, moving, domain),
+            partial(self._go_back, group, group.domain, [(each, each.domain) for each in moving]),
+        )
 
     def _detach(self, request: bytes) -> bytes | Parked:
         if len(request) < spec.DETACH.size:
             return self._unparsable()
         _, domain_id, endpoint_id = spec.DETACH.unpack_from(request)
         endpoint = self._endpoint(endpoint_id)
-        if endpoint.domain is None or endpoint.domain.id != domain_id:
+        group, domain = endpoint.group, endpoint.domain
+        if domain is None or domain.id != domain_id:
             raise GuestError(
                 Status.INVAL, f"endpoint {endpoint_id:#x} is not attached to domain {domain_id}"
             )
-        if not endpoint.group.moves_alone(endpoint):
+        if not group.moves_alone(endpoint):
             raise GuestError(
                 Status.UNSUPP, f"endpoint {endpoint_id:#x} shares an address space with others"
             )
-        resolution = self._unattached.take(endpoint.group)
-        self._forget(endpoint)
-        return _OK if resolution is None else Parked([resolution], _OK)
+        return self._change(
+            [group] if group.deferred else [],
+            partial(self._enter, group, [endpoint], self._unattached),
+            partial(self._go_back, group, group.domain, [(endpoint, domain)]),
+        )
 
-    def _map(self, request: bytes) -> bytes:
+    def _map(self, request: bytes) -> bytes | Parked:
         if len(request) < spec.MAP.size:
             return self._unparsable()
         _, domain_id, start, last, gpa, flags = spec.MAP.unpack_from(request)
@@ -424,7 +398,14 @@ class VirtioIommu:
         limits = self.config.limits
         if len(domain.map) >= limits.mappings_per_domain or self.mappings >= limits.mappings:
             raise GuestError(Status.NOMEM, f"limit of mappings reached, {self.mappings} in all")
-        domain.map_range(MappingInfo(start, gpa, size, prot))
+        mapping = MappingInfo(start, gpa, size, prot)
+        if domain.deferred:
+            return self._change(
+                [*domain.deferred],
+                partial(self._add, domain, mapping),
+                partial(self._take_out, domain, mapping),
+            )
+        domain.map_range(mapping)
         self.mappings += 1
         return _OK
 
@@ -438,9 +419,9 @@ class VirtioIommu:
                 Status.INVAL, f"UNMAP of [{start:#x}, {last:#x}] ends before it begins"
             )
         self._check_input_range(start, last + 1)
-        before = len(domain.map)
-        waits = domain.unmap_range(start, last + 1)
-        self.mappings -= before - len(domain.map)
+        if domain.deferred:
+            return self._change([*domain.deferred], partial(self._remove, domain, start, last + 1))
+        waits = self._remove(domain, start, last + 1)
         return Parked(waits, _OK) if waits else _OK
 
     def _probe(self, request: bytes, writable: int) -> bytes:
@@ -450,12 +431,12 @@ class VirtioIommu:
             return self._unparsable()
         if writable < size + spec.TAIL_SIZE:
             self.refused += 1
-            return bytes(writable - spec.TAIL_SIZE) + _REPLIES[Status.INVAL]
+            return bytes(writable - spec.TAIL_SIZE) + REPLIES[Status.INVAL]
         _, endpoint_id = spec.PROBE.unpack_from(request)
         endpoint = self.endpoints.get(endpoint_id)
         if endpoint is None:
             self.refused += 1
-            return bytes(size) + _REPLIES[Status.NOENT]
+            return bytes(size) + REPLIES[Status.NOENT]
         length = spec.RESV_MEM.size - 4
         properties = b"".join(
             [
@@ -491,12 +472,97 @@ class VirtioIommu:
                 f"[{start:#x}, {end:#x}) is outside the input range [{low:#x}, {high:#x})",
             )
 
+    # -- changes, and taking them back ----------------------------------------
+
+    def _change(
+        self,
+        groups: list[EndpointGroup],
+        do: Callable[[], list[Event]],
+        undo: Callable[[list[Refusal]], list[Event]] | None = None,
+    ) -> bytes | Parked:
+        """Carry out what changes mappers; ``groups`` are those that answer later, if any.
+
+        Failing, too, may have changed them and changed them back.
+        """
+        reply = _OK
+        for group in groups:  # what they say from now on is about this request
+            if group in self._unheard:
+                self._unheard.remove(group)
+        try:
+            waits = do()
+        except ViommuError as error:
+            if not groups:
+                raise
+            self.refused += 1
+            waits, reply, undo = [], REPLIES[status_of(error)], break_groups
+        return settle(groups, waits, reply, undo)
+
+    def _add(self, domain: Domain, mapping: MappingInfo) -> list[Event]:
+        domain.map_range(mapping)
+        self.mappings += 1
+        return []
+
+    def _take_out(
+        self, domain: Domain, mapping: MappingInfo, refusals: list[Refusal]
+    ) -> list[Event]:
+        del refusals
+        self.refused += 1
+        self.mappings -= 1
+        return domain.take_out(mapping)
+
+    def _remove(self, domain: Domain, start: int, end: int) -> list[Event]:
+        before = len(domain.map)
+        waits = domain.unmap_range(start, end)
+        self.mappings -= before - len(domain.map)
+        return waits
+
+    def _enter(
+        self, group: EndpointGroup, moving: Iterable[Endpoint], domain: Domain
+    ) -> list[Event]:
+        """Put a group into a domain, and some of its endpoints; or into that of unattached ones."""
+        resolution = domain.take(group)
+        for endpoint in moving:
+            self._file(endpoint, domain)
+        return [] if resolution is None else [resolution]
+
+    def _go_back(
+        self,
+        group: EndpointGroup,
+        home: Domain,
+        homes: Iterable[tuple[Endpoint, Domain | None]],
+        refusals: list[Refusal],
+    ) -> list[Event]:
+        """Put a group back into its ``home``, and endpoints where they were."""
+        self.refused += 1
+        waits: list[Event] = []
+        for endpoint, domain in homes:
+            self._file(endpoint, domain)
+        if home is group.domain:
+            return break_groups(refusals)
+        if home.id is None:
+            # It may have been the other of the two: bypass may have been written meanwhile.
+            self._release_group(group, waits)
+            return waits
+        resolution = home.take_back(group)
+        return [] if resolution is None else [resolution]
+
     # -- endpoints between domains -------------------------------------------
 
     @property
     def _unattached(self) -> Domain:
         """The domain of endpoints that the guest has not attached."""
         return self._bypassed if self.bypass else self._blocked
+
+    def _file(self, endpoint: Endpoint, domain: Domain | None) -> None:
+        """List an endpoint in a domain of the guest's, which may be new, or in none."""
+        self._forget(endpoint)
+        if domain is None or domain.id is None:
+            return
+        endpoint.domain = domain
+        domain.endpoints[endpoint.id] = endpoint
+        if domain.id not in self.domains:
+            self.domains[domain.id] = domain
+            self.mappings += len(domain.map)
 
     def _forget(self, endpoint: Endpoint) -> None:
         """Take an endpoint off its domain's list; the last one takes the domain with it."""
@@ -513,15 +579,21 @@ class VirtioIommu:
 
         A host that refuses bypass leaves the endpoints blocked.
         """
-        for domain in (self._unattached, self._blocked):
-            try:
-                resolution = domain.take(group, forced=True)
-            except ViommuError as error:
-                group.quarantine(f"leaving its domain failed ({error})")
-            else:
-                if resolution is not None:
-                    waits.append(resolution)
-                return
+        if not self._force(group, self._unattached, waits):
+            self._force(group, self._blocked, waits)
+
+    def _force(self, group: EndpointGroup, domain: Domain, waits: list[Event]) -> bool:
+        """Move a group whether it can leave or not; return whether it is there."""
+        try:
+            resolution = domain.take(group, forced=True)
+        except ViommuError as error:
+            resolution = group.quarantine(f"leaving its domain failed ({error})")
+            moved = False
+        else:
+            moved = True
+        if resolution is not None:
+            waits.append(resolution)
+        return moved
 
     def _set_bypass(self, bypass: bool) -> list[Event]:  # noqa: FBT001 - it is the register's value
         waits: list[Event] = []
@@ -529,6 +601,7 @@ class VirtioIommu:
         self.bypass = bypass
         for group in list(leaving.groups):
             self._release_group(group, waits)
+            self._hear_of(group)
         return waits
 
     # -- faults -------------------------------------------------------------

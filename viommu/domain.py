@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viommu.errors import Access, BackendError, GuestError, InternalError, UsageError
 from viommu.iova import ADDRESS_SPACE_END, AddressMap, IntervalMap
-from viommu.mapper import AddMapResult, MappingInfo, SwitchingMapper
+from viommu.mapper import AddMapResult, DeferredMapper, MappingInfo, SwitchingMapper
 from viommu.spec.virtio_iommu import ReservedKind, Status
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class EndpointGroup:
         self.domain = domain
         self.reserved = reserved
         self.endpoints: list[Endpoint] = []
+        #: The mapper again, if its host answers later.
+        self.deferred = mapper if isinstance(mapper, DeferredMapper) else None
         # Why the mapper does not hold what its domain says. It was emptied then, so
         # that its endpoints reach nothing, unless the host refused even that.
         self.broken: str | None = None
@@ -101,11 +103,15 @@ class EndpointGroup:
             return self.mapper.reset_domain()
         return self.mapper.remove_map(0, ADDRESS_SPACE_END).resolution
 
-    def quarantine(self, why: str) -> None:
-        """Empty a mapper that could not be put right, so that it gives access to nothing."""
+    def quarantine(self, why: str) -> Event | None:
+        """Empty a mapper that could not be put right, so that it gives access to nothing.
+
+        Returns a resolution event, if there is one.
+        """
         self.broken = why
         with contextlib.suppress(BackendError):
-            self.empty()
+            return self.empty()
+        return None
 
     def moves_alone(self, endpoint: Endpoint) -> bool:
         """Return whether no other endpoint of this group was attached by the guest."""
@@ -149,6 +155,8 @@ class Domain:
         self.kind = kind
         self.map: AddressMap = IntervalMap()
         self.groups: list[EndpointGroup] = []
+        #: Those of ``groups`` whose mappers answer later.
+        self.deferred: list[EndpointGroup] = []
         self.endpoints: dict[int, Endpoint] = {}
 
     def add_group(
@@ -161,7 +169,7 @@ class Domain:
         """
         group = EndpointGroup(mapper, self, reserved)
         self._load(group)
-        self.groups.append(group)
+        self._list(group)
         return group
 
     def take(self, group: EndpointGroup, *, forced: bool = False) -> Event | None:
@@ -221,6 +229,35 @@ class Domain:
             raise InternalError(f"mapper {group.mapper.id()}: {group.broken}") from error
         group.broken = None
 
+    def quarantine(self, group: EndpointGroup, why: str) -> Event | None:
+        """Quarantine a group and those here whose mappers share its address space.
+
+        Returns a resolution event, if the client of ``group`` must let go of something.
+        """
+        number = group.mapper.id()
+        mates = [mate for mate in self.groups if mate is not group and mate.mapper.id() == number]
+        resolution = group.quarantine(why)
+        for mate in mates:
+            mate.quarantine(why)
+        return resolution
+
+    def take_back(self, group: EndpointGroup) -> Event | None:
+        """Take back a group whose mapper refused, after all, the domain that it went to.
+
+        It is here afterwards in any case, broken if it can't be put right.
+        Returns a resolution event as :meth:`take` does.
+        """
+        switched = self._switch(group)
+        self._adopt(group)
+        resolution = None
+        if not switched:
+            try:
+                resolution = group.empty()
+                self._load(group)
+            except (BackendError, GuestError) as error:
+                resolution = group.quarantine(f"putting its domain back failed ({error})")
+        return resolution
+
     def map_range(self, mapping: MappingInfo) -> None:
         """Add ``mapping`` to the domain and to each of its mappers, or to none.
 
@@ -240,6 +277,16 @@ class Domain:
                     self._undo_add(earlier, mapping)
                 self.map.remove(mapping.iova, mapping.iova + mapping.size)
                 raise
+
+    def take_out(self, mapping: MappingInfo) -> list[Event]:
+        """Undo :meth:`map_range`, because a mapper refused the mapping after all.
+
+        A mapper that can't undo it is broken. Clients may have exported the mapping
+        already: returns the resolution events to wait for.
+        """
+        self.map.remove(mapping.iova, mapping.iova + mapping.size)
+        waits = [self._undo_add(group, mapping) for group in self._spaces()]
+        return [event for event in waits if event is not None]
 
     def unmap_range(self, start: int, end: int) -> list[Event]:
         """Remove every mapping inside ``[start, end)`` from the domain and its mappers.
@@ -295,9 +342,16 @@ class Domain:
     def _adopt(self, group: EndpointGroup) -> None:
         """List a group whose mapper holds this domain."""
         group.domain.groups.remove(group)
-        self.groups.append(group)
+        if group.deferred is not None:
+            group.domain.deferred.remove(group)
+        self._list(group)
         group.domain = self
         group.broken = None
+
+    def _list(self, group: EndpointGroup) -> None:
+        self.groups.append(group)
+        if group.deferred is not None:
+            self.deferred.append(group)
 
     def _switch(self, group: EndpointGroup) -> bool:
         """Have a mapper go from its domain to this one in one step, if it can."""
@@ -335,14 +389,14 @@ class Domain:
                 raise
             done.append(mapping)
 
-    def _undo_add(self, group: EndpointGroup, mapping: MappingInfo) -> None:
+    def _undo_add(self, group: EndpointGroup, mapping: MappingInfo) -> Event | None:
         """Undo one add; a mapper that can't is emptied, and not to be trusted any more."""
         if group.broken:
-            return
+            return None
         try:
-            group.mapper.remove_map(mapping.iova, mapping.size)
+            return group.mapper.remove_map(mapping.iova, mapping.size).resolution
         except BackendError as error:
-            self._quarantine(group, f"undoing {mapping} failed ({error})")
+            return self.quarantine(group, f"undoing {mapping} failed ({error})")
 
     def _undo_removal(self, group: EndpointGroup, mappings: Iterable[MappingInfo]) -> None:
         """Undo a removal; a mapper that can't is emptied, and not to be trusted any more."""
@@ -350,13 +404,7 @@ class Domain:
             for mapping in mappings:
                 _add(group.mapper, mapping)
         except (BackendError, GuestError) as error:
-            self._quarantine(group, f"restoring {mapping} failed ({error})")
-
-    def _quarantine(self, group: EndpointGroup, why: str) -> None:
-        """Quarantine a group and those here whose mappers share its address space."""
-        number = group.mapper.id()
-        for mate in [mate for mate in self.groups if mate.mapper.id() == number] or [group]:
-            mate.quarantine(why)
+            self.quarantine(group, f"restoring {mapping} failed ({error})")
 
     def _check(self) -> None:
         """Raise InternalError when an invariant is broken."""
@@ -367,6 +415,8 @@ class Domain:
         for group in self.groups:
             if group.domain is not self:
                 raise InternalError(f"mapper {group.mapper.id()} is listed in two domains")
+        if self.deferred != [group for group in self.groups if group.deferred is not None]:
+            raise InternalError(f"{len(self.deferred)} deferred mappers listed, others there")
         for endpoint in self.endpoints.values():
             if endpoint.domain is not self or endpoint.group not in self.groups:
                 raise InternalError(f"endpoint {endpoint.id} is attached elsewhere")

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from viommu.errors import Access
+    from viommu.errors import Access, BackendError
     from viommu.events import Event
 
 __all__ = [
     "AddMapResult",
+    "DeferredMapper",
     "Exporter",
     "MappingInfo",
     "MemRegion",
@@ -193,4 +194,34 @@ class SwitchingMapper(MemoryMapper, Protocol):
         ``mates`` are mappers of the domain that is entered. False, and no change,
         where that can't be: the caller empties this mapper and fills it again.
         Never raises for what the host refuses.
+        """
+
+
+@runtime_checkable
+class DeferredMapper(MemoryMapper, Protocol):
+    """A mapper whose host answers later: a device in another process, say.
+
+    Every call is recorded as done and sent to the host, so the mapper's own side (exports,
+    overlaps, :meth:`id`) is up to date at once. Whoever asked then waits for
+    :meth:`unsettled`, and looks with :meth:`take_refusal` whether all of it was done.
+
+    Only a mapping can be refused, at once or later. To remove one never raises: a host
+    that does not do it, or does not answer in a bounded time, must be cut off from all
+    memory by the mapper, and then everything is settled. So it is when the host dies,
+    which is no refusal either. :meth:`MemoryMapper.supports_detach` is true.
+    """
+
+    def unsettled(self) -> Event | None:
+        """Return an event that is readable once the host has answered all it was asked.
+
+        ``None`` when it has. It is the same event until it fires. The caller closes it, and
+        may do so before.
+        """
+
+    def take_refusal(self) -> BackendError | None:
+        """Return the first refusal since the last call, and forget the others.
+
+        The host has no part of a mapping that was refused. On the mapper's side it is
+        still there: whoever asked for it removes it. What has been removed meanwhile,
+        or was asked for by nobody (guest memory came where a mapping leads), is not reported.
         """

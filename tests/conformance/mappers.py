@@ -1,19 +1,17 @@
-"""A memory mapper that remembers what it holds and can be told to fail."""
+"""Memory mappers that remember what they hold, and fail, or answer, when they are told to."""
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from viommu.basic import DEFAULT_PAGE_SIZES, BasicMemoryMapper
 from viommu.errors import BackendError
+from viommu.events import Event
 from viommu.iova import ADDRESS_SPACE_END
 from viommu.mapper import AddMapResult, MappingInfo, RemoveMapResult
 
-if TYPE_CHECKING:
-    from viommu.events import Event
-
-__all__ = ["FaultyMapper"]
+__all__ = ["FaultyMapper", "LaterMapper", "Question"]
 
 
 class FaultyMapper(BasicMemoryMapper):
@@ -95,3 +93,101 @@ class FaultyMapper(BasicMemoryMapper):
         if due == count:
             self.refusals += 1
             raise BackendError(number, f"{call} number {count}")
+
+
+@dataclass
+class Question:
+    """What a host was asked and has not answered: to map, or else to unmap."""
+
+    mapping: MappingInfo
+    is_map: bool
+    withdrawn: bool = False
+
+
+class LaterMapper(FaultyMapper):
+    """A :class:`~viommu.mapper.DeferredMapper` whose host answers when :meth:`answer` says so.
+
+    The host works in order and answers in any: ``host`` is what it has, by IOVA.
+    It asserts that nothing overlaps there, and that it is asked to unmap only what it has.
+    """
+
+    def __init__(self, *, page_sizes: int = DEFAULT_PAGE_SIZES) -> None:
+        super().__init__(page_sizes=page_sizes)
+        self.host: dict[int, MappingInfo] = {}
+        self.questions: list[Question] = []
+        self.dead = False
+        self._event: Event | None = None
+        self._refusal: BackendError | None = None
+
+    def add_map(self, mapping: MappingInfo) -> AddMapResult:
+        """Add one mapping, and ask the host for it."""
+        result = super().add_map(mapping)
+        if result is AddMapResult.OK and not self.dead:
+            end = mapping.iova + mapping.size
+            assert not any(
+                m.iova < end and mapping.iova < m.iova + m.size for m in self.host.values()
+            )
+            self.host[mapping.iova] = mapping
+            self.questions.append(Question(mapping, is_map=True))
+        return result
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        """Remove mappings, and ask the host to."""
+        before = self.mappings()
+        result = super().remove_map(iova_start, size)
+        self._withdraw(before)
+        return result
+
+    def reset_domain(self) -> Event | None:
+        """Remove every mapping, and ask the host to."""
+        before = self.mappings()
+        resolution = super().reset_domain()
+        self._withdraw(before)
+        return resolution
+
+    def unsettled(self) -> Event | None:
+        """Return an event for the last answer, if one is outstanding."""
+        if not self.questions:
+            return None
+        if self._event is None or self._event.fileno() < 0:
+            self._event = Event()
+        return self._event
+
+    def take_refusal(self) -> BackendError | None:
+        """Return the first refusal."""
+        refusal, self._refusal = self._refusal, None
+        return refusal
+
+    # The host
+
+    def answer(self, index: int = 0, refuse: int = 0) -> None:
+        """Answer one question, with the errno ``refuse`` unless that is 0."""
+        question = self.questions.pop(index)
+        if refuse and question.is_map and not question.withdrawn:
+            del self.host[question.mapping.iova]
+            self._refusal = self._refusal or BackendError(refuse, f"map {question.mapping}")
+        self._fire()
+
+    def die(self) -> None:
+        """Have nothing, and answer everything at once, from now on."""
+        self.dead = True
+        self.host.clear()
+        self.questions.clear()
+        self._fire()
+
+    def _fire(self) -> None:
+        if not self.questions and self._event is not None:
+            if self._event.fileno() >= 0:
+                self._event.signal()
+            self._event = None
+
+    def _withdraw(self, before: list[MappingInfo]) -> None:
+        left = set(self.mappings())
+        for mapping in before:
+            if mapping in left or self.host.get(mapping.iova) != mapping:
+                continue  # refused, or the host is dead
+            del self.host[mapping.iova]
+            for question in self.questions:
+                if question.is_map and question.mapping == mapping:
+                    question.withdrawn = True
+            self.questions.append(Question(mapping, is_map=False))

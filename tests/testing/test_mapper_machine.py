@@ -1,10 +1,15 @@
 """The rule machine accepts our mapper and rejects broken ones."""
 
+import errno
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.conformance.mappers import LaterMapper
 from viommu.basic import BasicMemoryMapper
+from viommu.errors import BackendError
+from viommu.events import Event
 from viommu.iova import ADDRESS_SPACE_END
 from viommu.mapper import MappingInfo, MemoryMapper, MemRegion, RemoveMapResult
 from viommu.testing.mapper_machine import PAGES, MapperMachine
@@ -40,6 +45,63 @@ class TopMachine(BasicMachine):
 @pytest.mark.parametrize("machine", [BasicMachine, TopMachine])
 def test_the_software_mapper_satisfies_the_contract(machine: type[MapperMachine]) -> None:
     run_state_machine_as_test(machine, settings=FEW)
+
+
+class LaterMachine(MapperMachine):
+    """A mapper whose host answers later, the last question first, and refuses every third map."""
+
+    def make_mapper(self) -> MemoryMapper:
+        self.later = LaterMapper()
+        self.answers = 0
+        return self.later
+
+    def wait_for(self, event: Event) -> None:
+        assert not event.is_set()
+        while self.later.questions:
+            self.answers += 1
+            self.later.answer(-1, 0 if self.answers % 3 else errno.EIO)
+
+
+def test_a_mapper_that_answers_later_satisfies_the_contract() -> None:
+    run_state_machine_as_test(LaterMachine, settings=FEW)
+
+
+class RefusesToUnmap(LaterMapper):
+    """Keeps to itself that the host did not unmap, but not quite."""
+
+    def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
+        if self.mappings():
+            self._refusal = BackendError(errno.EIO, f"unmap {iova_start:#x}")
+        return super().remove_map(iova_start, size)
+
+
+class NeverSettles(LaterMapper):
+    """Has signalled its event, and is not settled all the same."""
+
+    def unsettled(self) -> Event | None:
+        event = super().unsettled()
+        return event or Event()
+
+
+@pytest.mark.parametrize("broken", [RefusesToUnmap, NeverSettles])
+def test_a_mapper_that_answers_later_and_is_broken_is_noticed(broken: type[LaterMapper]) -> None:
+    class Machine(LaterMachine):
+        def make_mapper(self) -> MemoryMapper:
+            super().make_mapper()
+            self.later = broken()
+            return self.later
+
+    with pytest.raises(Exception):  # noqa: B017, PT011 - any rule may be the one that notices
+        run_state_machine_as_test(Machine, settings=NOTICE)
+
+
+def test_whoever_derives_says_how_to_wait() -> None:
+    class Machine(MapperMachine):
+        def make_mapper(self) -> MemoryMapper:
+            return LaterMapper()
+
+    with pytest.raises(NotImplementedError):
+        run_state_machine_as_test(Machine, settings=NOTICE)
 
 
 class Splits(BasicMemoryMapper):

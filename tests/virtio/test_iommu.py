@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conformance.mappers import LaterMapper
 from viommu.basic import BasicMemoryMapper
 from viommu.device import VirtioIommu
 from viommu.errors import Access, TranslationFault
@@ -132,6 +134,46 @@ def world() -> Iterator[World]:
     world.loop.close()
 
 
+class LaterWorld(World):
+    """The same with a second endpoint in the domain, whose mapper answers later."""
+
+    def __init__(self) -> None:
+        self.host = LaterMapper()
+        super().__init__()
+
+    def start(self) -> None:
+        if LATER not in self.iommu.endpoints:
+            self.iommu.add_endpoint(LATER, self.host)
+        super().start()
+
+    def answer(self, refuse: int = 0) -> None:
+        """Have the host answer all that it was asked, and the loop hear it."""
+        while self.host.questions:
+            self.host.answer(0, refuse)
+        self.loop.turn(0)
+
+    def kick(self, request: bytes) -> None:
+        self.submit(request)
+        self.device.notify(spec.REQUEST_QUEUE)
+
+    def map_page(self) -> None:
+        assert self.ask(spec.ATTACH.pack(RequestType.ATTACH, 1, LATER, 0, 0)) == Status.OK
+        self.kick(MAP)
+        self.answer()
+        assert self.statuses() == [Status.OK]
+
+
+@pytest.fixture
+def later() -> Iterator[LaterWorld]:
+    world = LaterWorld()
+    yield world
+    world.device.reset(ResetKind.DISCONNECT)
+    world.device.close()
+    world.loop.close()
+
+
+LATER = ENDPOINT + 8
+MAP = spec.MAP.pack(RequestType.MAP, 1, 0, PAGE - 1, 0x8000, 3)
 UNMAP = spec.UNMAP.pack(RequestType.UNMAP, 1, 0, PAGE - 1)
 UNKNOWN_DOMAIN = spec.UNMAP.pack(RequestType.UNMAP, 99, 0, PAGE - 1)
 REPORT = spec.FAULT.pack(
@@ -389,3 +431,107 @@ def test_the_configuration_is_the_devices(world: World) -> None:
     assert world.device.read_config(32, 8) == world.iommu.config_bytes()[32:]
     world.device.write_config(36, b"\1")
     assert world.device.read_config(36, 1) == b"\1"
+
+
+# -- mappers that answer later --
+
+
+def test_a_map_is_answered_when_the_host_has_and_what_is_behind_it_waits(
+    later: LaterWorld,
+) -> None:
+    later.ask(spec.ATTACH.pack(RequestType.ATTACH, 1, LATER, 0, 0))
+    later.submit(MAP)
+    later.kick(UNKNOWN_DOMAIN)
+    later.loop.turn(0)
+    assert later.statuses() == []
+    assert later.device.waiting == 1
+
+    later.answer()
+    assert later.statuses() == [Status.OK, Status.NOENT]
+    assert later.device.waiting == 0
+
+
+def test_a_map_that_is_refused_is_undone_before_it_is_answered(later: LaterWorld) -> None:
+    later.map_page()
+    other = LaterMapper()
+    later.iommu.add_endpoint(LATER + 1, other)
+    later.kick(spec.ATTACH.pack(RequestType.ATTACH, 1, LATER + 1, 0, 0))
+    other.answer()
+    later.loop.turn(0)
+    assert later.statuses() == [Status.OK]
+    later.kick(spec.MAP.pack(RequestType.MAP, 1, PAGE, 2 * PAGE - 1, 0x9000, 3))
+    later.answer(errno.ENOSPC)
+    assert later.statuses() == []  # what the other has accepted goes there first
+
+    other.answer()
+    later.loop.turn(0)
+    assert later.statuses() == []
+    assert later.iommu.mappings == 1
+    other.answer()
+    later.loop.turn(0)
+    assert later.statuses() == [Status.NOMEM]
+    assert later.device.parked_total == 3
+
+
+def test_a_refusal_while_the_bus_is_off_is_undone_at_once_and_answered_later(
+    later: LaterWorld,
+) -> None:
+    later.ask(spec.ATTACH.pack(RequestType.ATTACH, 1, LATER, 0, 0))
+    later.kick(MAP)
+    later.bus.active = False
+    later.answer(errno.EIO)
+    assert later.iommu.mappings == 0
+    assert later.statuses() == []
+
+    later.bus.active = True
+    later.device.notify(spec.REQUEST_QUEUE)
+    assert later.statuses() == [Status.DEVERR]
+    assert later.iommu.refused == 1
+
+
+@pytest.mark.parametrize("kind", ResetKind)
+def test_a_reset_waits_for_a_host_and_for_what_it_makes_of_bypass(
+    later: LaterWorld, kind: ResetKind
+) -> None:
+    later.map_page()
+    later.device.write_config(36, b"\1")
+    later.kick(UNMAP)
+
+    assert not later.device.reset(kind)
+    later.host.answer()
+    later.loop.turn(0)
+    assert later.bus.resets_done == 0
+    if later.iommu.bypass:  # it survives the smaller resets
+        later.host.answer(0, errno.EIO)
+        later.answer()
+        assert later.bus.resets_done == 0  # the rest of bypass is taken back
+    later.answer()
+    assert later.bus.resets_done == 1
+    assert later.host.host == {}
+    later.start()
+    later.map_page()
+
+
+def test_what_a_driver_finds_in_bypass_is_heard_before_its_first_request() -> None:
+    world = LaterWorld()
+    world.device.reset(ResetKind.DRIVER)
+    world.device.write_config(36, b"\1")
+    world.iommu.add_endpoint(LATER + 1, late := LaterMapper())
+    world.answer()
+    world.start()
+    world.kick(UNKNOWN_DOMAIN)
+    assert world.statuses() == []
+    late.answer()
+    late.answer()
+    world.loop.turn(0)
+
+    assert world.statuses() == [Status.NOENT]
+    world.loop.close()
+
+
+def test_a_device_that_is_closed_waits_for_nothing(later: LaterWorld) -> None:
+    later.ask(spec.ATTACH.pack(RequestType.ATTACH, 1, LATER, 0, 0))
+    later.kick(MAP)
+
+    later.device.close()
+    assert later.device.waiting == 0

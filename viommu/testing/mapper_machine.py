@@ -18,10 +18,11 @@ from hypothesis.stateful import (
 )
 
 from viommu.errors import Access, ExportError, SessionFaulted, TranslationFault
-from viommu.mapper import AddMapResult, MappingInfo, MemRegion
+from viommu.mapper import AddMapResult, DeferredMapper, MappingInfo, MemRegion
 from viommu.testing.model import ModelMapper
 
 if TYPE_CHECKING:
+    from viommu.errors import BackendError
     from viommu.events import Event
     from viommu.mapper import MemoryMapper
 
@@ -39,6 +40,9 @@ class MapperMachine(RuleBasedStateMachine):
 
     ``page`` is the granule in bytes, ``base`` and ``gpa`` are where the IOVAs
     and the guest memory used begin; ``exports`` turns the export rules on.
+
+    A :class:`~viommu.mapper.DeferredMapper` is waited for after each call, with
+    :meth:`wait_for`, and what it refuses then is removed.
     """
 
     page: ClassVar[int] = 0x1000
@@ -57,11 +61,28 @@ class MapperMachine(RuleBasedStateMachine):
         """Return an empty mapper."""
         raise NotImplementedError
 
+    def wait_for(self, event: Event) -> None:
+        """Have the host answer until ``event`` is readable: needed for a DeferredMapper."""
+        raise NotImplementedError
+
+    def settle(self) -> BackendError | None:
+        """Wait until the mapper has settled; return what it refused."""
+        if not isinstance(self.mapper, DeferredMapper):
+            return None
+        event = self.mapper.unsettled()
+        if event is not None:
+            with event:
+                self.wait_for(event)
+                assert event.is_set()
+            assert self.mapper.unsettled() is None
+        return self.mapper.take_refusal()
+
     def teardown(self) -> None:
         """Let go of everything held, then of the mappings and the session's event."""
         for iova, size in list(self.model.held.elements()):
             self.mapper.release(iova, size)
         self.mapper.reset_domain()
+        self.settle()
         if self.fault:
             self.fault.close()
 
@@ -85,11 +106,16 @@ class MapperMachine(RuleBasedStateMachine):
         )
         added = self.mapper.add_map(mapping) is AddMapResult.OK
         assert added is self.model.add_map(mapping), mapping
+        if self.settle() is not None:
+            assert added, f"{mapping} overlaps, and was refused as well"
+            self._remove(mapping.iova, mapping.size)
 
     @rule(page=pages, length=st.integers(1, PAGES))
     def remove_map(self, page: int, length: int) -> None:
         """Unmap; both agree whether it splits, and whether a client must let go first."""
-        start, size = self.base + page * self.page, length * self.page
+        self._remove(self.base + page * self.page, length * self.page)
+
+    def _remove(self, start: int, size: int) -> None:
         held = [
             (iova, count)
             for iova, count in self.model.held.elements()
@@ -99,6 +125,7 @@ class MapperMachine(RuleBasedStateMachine):
         assert ok is self.model.remove_map(start, size), (start, size)
         assert (resolution is not None) is (ok and bool(held)), (resolution, held)
         self.resolution = resolution or self.resolution
+        assert self.settle() is None, f"[{start:#x}, {start + size:#x}) was not removed"
 
     @rule()
     def reset_domain(self) -> None:
@@ -108,6 +135,7 @@ class MapperMachine(RuleBasedStateMachine):
         self.model.reset_domain()
         assert (resolution is not None) is held
         self.resolution = resolution or self.resolution
+        assert self.settle() is None, "not everything was removed"
 
     @precondition(lambda self: self.exports)
     @rule()

@@ -1,4 +1,4 @@
-"""The virtio-iommu as a virtio device: moves requests, waits for releases, reports faults.
+"""The virtio-iommu as a virtio device: moves requests, waits for others, reports faults.
 
 Everything that decides is in :mod:`viommu.device`; here are the two queues.
 
@@ -37,7 +37,7 @@ class VirtioIommuDevice(VirtioDevice):
 
     The request queue is run until it is empty or a request is parked; then, and after
     a change of ``bypass``, no further request is taken until the exports that were
-    revoked are released.
+    revoked are released, and mappers that answer later have answered.
     ``loop`` does that waiting, and everything else goes on meanwhile.
 
     ``on_idle_kick`` is called, with the address of the available ring, when the
@@ -62,7 +62,7 @@ class VirtioIommuDevice(VirtioDevice):
         self._requests: SplitQueue | None = None
         self._runner: QueueRunner | None = None
         self._events: SplitQueue | None = None
-        self._parked: tuple[Chain, bytes] | None = None
+        self._parked: tuple[Chain, Parked] | None = None
         self._waits: list[Event] = []
         self._resetting = False
         self._scheduled = False
@@ -70,7 +70,7 @@ class VirtioIommuDevice(VirtioDevice):
 
     @property
     def waiting(self) -> int:
-        """How many clients must still release what they export before the device goes on."""
+        """How many clients must still release, and mappers answer, before the device goes on."""
         return len(self._waits)
 
     # -- VirtioDevice --
@@ -85,9 +85,7 @@ class VirtioIommuDevice(VirtioDevice):
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Let the driver change ``bypass``; what this revokes holds up the next request."""
-        revoked = self.iommu.write_config(offset, data)
-        if revoked:
-            self._wait_for([*self._waits, *revoked])
+        self._wait_for_more(self.iommu.write_config(offset, data))
 
     def start(
         self, transport: Transport, features: int, queues: Sequence[SplitQueue | None]
@@ -98,6 +96,7 @@ class VirtioIommuDevice(VirtioDevice):
         self._requests, self._events = queues
         if self._requests is not None:
             self._runner = QueueRunner(self._requests, transport, self._handle)
+        self._wait_for_more(self.iommu.settle())
 
     def notify(self, index: int) -> None:
         """Look at a queue."""
@@ -115,9 +114,9 @@ class VirtioIommuDevice(VirtioDevice):
             revoked = self.iommu.system_reset()
         else:
             revoked = self.iommu.reset()
-        # An UNMAP that was parked is forgotten, but what it waited for still counts.
+        # A request that was parked is forgotten, but what it waited for still counts.
         self._parked = None
-        self._wait_for([*self._waits, *revoked])
+        self._wait_for_more(revoked)
         self._runner = self._requests = self._events = None
         self._resetting = bool(self._waits)
         return not self._resetting
@@ -149,29 +148,30 @@ class VirtioIommuDevice(VirtioDevice):
         reply = self.iommu.handle(queue.read(chain, _MAX_REQUEST), chain.writable_size)
         if isinstance(reply, Parked):
             self.parked_total += 1
-            self._parked = (chain, reply.reply)
-            self._wait_for(reply.events)
+            self._parked = (chain, reply)
+            self._wait_for_more(reply.events)
             return None
         queue.write(chain, reply)
         return len(reply)
 
-    # -- waiting for releases --
+    # -- waiting for releases, and for mappers --
 
-    def _wait_for(self, events: Iterable[Event]) -> None:
-        """Wait for exactly these events instead of what was waited for before."""
-        for event in self._waits:
-            self._loop.forget(event)
-        # Two requests may wait for the releases of one client: the same event.
-        self._waits = list({id(event): event for event in events}.values())
-        for event in self._waits:
-            self._loop.on_readable(event, partial(self._released, event))
+    def _wait_for_more(self, events: Iterable[Event]) -> None:
+        """Wait for these events too; two requests may wait for the same one."""
+        for event in events:
+            if not any(event is other for other in self._waits):
+                self._waits.append(event)
+                self._loop.on_readable(event, partial(self._fired, event))
 
-    def _released(self, event: Event) -> None:
+    def _fired(self, event: Event) -> None:
         if not event.is_set():
             return  # the loop meant an fd of this number that was closed meanwhile
         self._loop.forget(event)
         self._waits.remove(event)
         event.close()
+        if self._waits:
+            return
+        self._wait_for_more(self.iommu.settle())
         if self._waits:
             return
         if self._resetting:
@@ -184,19 +184,26 @@ class VirtioIommuDevice(VirtioDevice):
 
     def _answer_parked(self) -> None:
         """Answer the parked request, if it has waited long enough and the bus is ours."""
+        if self._parked is None or self._waits:
+            return
+        chain, parked = self._parked
+        answer = parked.conclude()
+        if isinstance(answer, Parked):
+            self._parked = chain, answer
+            self._wait_for_more(answer.events)
+            return
         if (
-            self._parked is None
-            or self._waits
-            or self._runner is None
+            self._runner is None
             or self._requests is None
             or self._transport is None
             or not self._transport.active
         ):
+            self._parked = chain, Parked((), answer)
             return
-        (chain, reply), self._parked = self._parked, None
+        self._parked = None
         try:
-            self._requests.write(chain, reply)
-            used = len(reply)
+            self._requests.write(chain, answer)
+            used = len(answer)
         except (GuestMemoryError, TranslationFault):
             used = 0
         self._runner.resume(chain, used)
