@@ -394,3 +394,23 @@ def test_memory_equals_a_dictionary_of_bytes(
         assert file.view == stored
         memory._check()
     memory.close()
+
+
+def test_whoever_watches_is_called_for_every_change() -> None:
+    memory = GuestMemory()
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(memory.generation)
+
+    memory.watch(look)
+    memory.map(0, 0x1000, readable=True, writable=True, file=None)
+    memory.map(0, 0x1000, readable=True, writable=True, file=None)  # it is there
+    memory.map(0x1000, 0x1000, readable=True, writable=True, file=None)
+    memory.unmap(0, 0x1000)
+    memory.unmap_all()
+    memory.unmap_all()
+    memory.unwatch(look)
+    memory.map(0, 0x1000, readable=True, writable=True, file=None)
+
+    assert seen == [1, 2, 3, 4]

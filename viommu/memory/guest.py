@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from viommu.errors import GuestMemoryError, InternalError, PeerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from viommu.deferred import Deferred
     from viommu.memory.files import MappedFile
 
@@ -78,6 +80,15 @@ class GuestMemory:
         self._starts: list[int] = []
         self._regions: list[_Region] = []
         self._last = _NOWHERE
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``generation`` changes, while regions come or go."""
+        self._watchers.append(callback)
+
+    def unwatch(self, callback: Callable[[], None]) -> None:
+        """Stop calling what one :meth:`watch` gave."""
+        self._watchers.remove(callback)
 
     def map(
         self,
@@ -122,7 +133,7 @@ class GuestMemory:
             raise PeerError(errno.EINVAL, f"more than {self._max_regions} regions of memory")
         self._starts.insert(index, gpa)
         self._regions.insert(index, _Region(info))
-        self.generation += 1
+        self._next_generation()
 
     def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
         """Remove the region ``[gpa, gpa + size)``.
@@ -255,8 +266,13 @@ class GuestMemory:
         return views if write else [view.toreadonly() for view in views]
 
     def _changed(self) -> None:
-        self.generation += 1
         self._last = _NOWHERE
+        self._next_generation()
+
+    def _next_generation(self) -> None:
+        self.generation += 1
+        for watcher in self._watchers:
+            watcher()
 
     def _check(self) -> None:
         """Raise InternalError when an invariant is broken. Runtime complexity: `O(n)`."""
