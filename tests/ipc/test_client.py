@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import threading
 from typing import TYPE_CHECKING, TypeVar
@@ -205,6 +206,30 @@ def test_the_server_says_what_it_allows(house: House) -> None:
     assert house.client.server.max_exports == 1 << 14
 
 
+def test_memory_that_goes_is_let_go_of(house: House) -> None:
+    client = house.client
+    client.refresh_memory()
+    assert len(client.memory.regions()) == 1
+    client.attend()
+
+    house.thread.call(house.rig.memory.unmap_all)
+    assert select.select([client], [], [], 30)[0]
+    client.attend()
+    assert client.memory.regions() == []
+    assert len(client._files) == 0
+
+
+def test_a_note_that_comes_before_an_answer_is_taken(house: House) -> None:
+    client = house.client
+    event = client.start_export_session()
+    client.export(0x10000, 1)
+    house.thread.call(house.rig.memory.unmap_all)
+    client.export(0x10000, 2)
+
+    assert client.memory.regions() == []
+    event.close()
+
+
 # -- under an endpoint's port
 
 
@@ -291,6 +316,13 @@ def test_a_server_that_goes_is_a_fault_and_an_error(house: House) -> None:
     assert len(lost) == 1
     assert house.client.fileno() == -1
     event.close()
+
+
+def test_attending_finds_out_that_the_server_is_gone(house: House) -> None:
+    house.thread.call(house.rig.server.close)
+    with pytest.raises(ExportError, match="is gone"):
+        house.client.attend()
+    house.client.attend()
 
 
 def test_to_tell_a_server_that_is_gone_is_no_error(house: House) -> None:
@@ -424,6 +456,15 @@ def test_memory_that_can_not_be_had_lets_go_of_the_export() -> None:
         client.export(0x1000, 1)
     assert client.held == 0
     client.close()
+    impostor.close()
+
+
+def test_what_was_not_asked_for_ends_the_connection() -> None:
+    impostor = Impostor([WELCOME])
+    client = ExportClient(impostor.theirs)
+    send(impostor.ours, answer(Kind.START))
+    with pytest.raises(ExportError, match="not asked for"):
+        client.attend()
     impostor.close()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.ipc.rig import PAGE, Rig, make_rig
+from tests.ipc.rig import PAGE, RawClient, Rig, make_rig
 from viommu.ipc import protocol
 from viommu.ipc.conversation import ExportLimits
 from viommu.ipc.hold import HoldPolicy, Measure
@@ -233,6 +233,78 @@ def test_others_have_their_turn(rig: Rig) -> None:
     while client.receive() is not None:
         replies += 1
     assert replies == 65
+
+
+# -- memory that changes
+
+
+def list_memory(client: RawClient) -> None:
+    answer = client.ask(Kind.MEMORY, protocol.FIRST.pack(0))
+    for fd in answer.fds:
+        os.close(fd)
+
+
+def change_memory(rig: Rig, times: int = 1) -> None:
+    for _ in range(times):
+        rig.memory.map(1 << 40, PAGE, readable=True, writable=True, file=None)
+        rig.memory.unmap(1 << 40, PAGE)
+    rig.turn()
+
+
+def test_a_client_is_told_once_that_its_list_of_memory_is_old(rig: Rig) -> None:
+    client = rig.connect()
+    change_memory(rig)
+    assert client.receive() is None, "it never asked"
+
+    list_memory(client)
+    change_memory(rig, 50)
+    note = client.receive()
+    assert note is not None
+    assert protocol.Reply(*note[:4]).is_note
+    assert client.receive() is None
+    change_memory(rig)
+    assert client.receive() is None
+
+    list_memory(client)
+    change_memory(rig)
+    assert client.receive() is not None
+
+
+def test_a_note_waits_for_a_client_that_does_not_read(rig: Rig) -> None:
+    client = rig.connect()
+    asked = 0
+    while True:
+        try:
+            client.request(Kind.MEMORY, protocol.FIRST.pack(0))
+        except BlockingIOError:
+            break
+        asked += 1
+    change_memory(rig)
+    notes = answers = 0
+    while (answer := client.receive()) is not None:
+        notes += protocol.Reply(*answer[:4]).is_note
+        answers += 1
+        for fd in answer.fds:
+            os.close(fd)
+        client.turn()
+    assert answers == asked + notes
+    assert notes == 1
+
+
+def test_a_client_that_is_gone_is_not_told(rig: Rig) -> None:
+    client = rig.connect()
+    list_memory(client)
+    client.socket.close()
+    change_memory(rig)
+    assert len(rig.gone) == 1
+
+    client = rig.connect()
+    client.start().close()
+    list_memory(client)
+    client.export(0x10000, PAGE)
+    client.send(b"nonsense")
+    change_memory(rig)
+    assert client.cut_off
 
 
 # -- not letting go

@@ -43,7 +43,11 @@ class ExportClient:
     ``where`` is the path of an export socket, or a connected one, which is owned then. A
     connection that breaks (the server is gone, does not answer, answers nonsense) is
     closed: everything is released then, and every call but :meth:`release` raises
-    ExportError. ``on_lost`` is told why, once.
+    ExportError. ``on_lost`` is told why, once, before the socket is closed.
+
+    Between calls the socket is readable when the server has something to say:
+    :meth:`attend` to it then, from a loop or now and then, or memory that the guest has
+    given up stays in use here until the next :meth:`export`.
 
     Raises:
         PeerError: Nobody listens there, nobody answers, or in another language.
@@ -85,7 +89,7 @@ class ExportClient:
         self.close()
 
     def fileno(self) -> int:
-        """Return the socket's fd, -1 once closed; readable between calls: the server is gone."""
+        """Return the socket's fd, -1 once closed; readable between calls: :meth:`attend` to it."""
         return self._socket.fileno()
 
     @property
@@ -171,6 +175,26 @@ class ExportClient:
                     return
         raise ExportError(f"guest memory has changed {_TRIES} times while it was listed")
 
+    def attend(self) -> None:
+        """Take note of what the server says unasked; :attr:`memory` is up to date then.
+
+        Raises:
+            ExportError: The server is gone, or :attr:`memory` can't be mapped here.
+        """
+        if self.fileno() < 0:
+            return
+        self._socket.settimeout(0)
+        try:
+            while True:
+                reply, _ = self._receive_packet(0)
+                if not reply.is_note:
+                    raise self._broken(f"{reply.kind.name} {reply.ident}, which was not asked for")
+                self._generation = None
+        except BlockingIOError:
+            pass
+        if self._generation is None:
+            self.refresh_memory()
+
     def _list_memory(self, listing: MemoryListing) -> int | None:
         """Read all pages; return their generation, ``None`` if they don't belong together."""
         first: int | None = None
@@ -241,11 +265,27 @@ class ExportClient:
             raise self._broken(str(error)) from error
 
     def _receive(self, kind: Kind, ident: int, max_fds: int) -> tuple[Reply, list[int]]:
+        """Return the answer to a request; what comes before it was not asked for."""
         self._socket.settimeout(self.timeout)
+        while True:
+            try:
+                reply, fds = self._receive_packet(max_fds)
+            except TimeoutError as error:
+                raise self._broken(f"no answer for {self.timeout} s") from error
+            if reply.is_note:
+                self._generation = None
+            elif (reply.kind, reply.ident) == (kind, ident):
+                return reply, fds
+            else:
+                close_fds(fds)
+                raise self._broken(f"an answer to {reply.kind.name} {reply.ident}")
+
+    def _receive_packet(self, max_fds: int) -> tuple[Reply, list[int]]:
+        """Return a packet and its file descriptors; raises TimeoutError and BlockingIOError."""
         try:
             data, fds, truncated = receive(self._socket, protocol.MAX_PACKET + 1, max_fds)
-        except TimeoutError as error:
-            raise self._broken(f"no answer for {self.timeout} s") from error
+        except (TimeoutError, BlockingIOError):
+            raise
         except OSError as error:
             raise self._broken(str(error)) from error
         if not data:
@@ -255,14 +295,9 @@ class ExportClient:
         except ExportError:
             close_fds(fds)
             raise
-        wrong = None
-        if (reply.kind, reply.ident) != (kind, ident):
-            wrong = f"an answer to {reply.kind.name} {reply.ident}"
-        elif truncated or len(fds) > max_fds:
-            wrong = f"{len(fds)} file descriptors with {kind.name}, or some were lost"
-        if wrong is not None:
+        if truncated or len(fds) > max_fds:
             close_fds(fds)
-            raise self._broken(wrong)
+            raise self._broken(f"{len(fds)} file descriptors with {reply.kind.name}, or some lost")
         return reply, fds
 
     def _decode(self, decode: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -275,9 +310,9 @@ class ExportClient:
     def _broken(self, why: str) -> ExportError:
         """Close the connection; return the error that says why."""
         if self.fileno() >= 0:
-            self._socket.close()
             if self._on_lost is not None:
                 self._on_lost(why)
+            self._socket.close()
         return ExportError(f"the server of the export session is gone: {why}")
 
 

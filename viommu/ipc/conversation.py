@@ -23,6 +23,7 @@ from viommu.ipc.protocol import (
     Request,
     decode_access,
     decode_request,
+    encode_note,
     encode_refusal,
     encode_regions,
     encode_reply,
@@ -114,6 +115,8 @@ class Conversation:
         self._clock = clock
         self._on_session = on_session
         self._reports = RateLimit(self._limits.reports, clock)
+        #: Whether the client has listed memory, and not been told since that it changed.
+        self._knows_memory = False
         self._fault: Event | None = None
         self._line: FaultLine | None = None
         self._handlers: Final[dict[Kind, Callable[[Request], list[Packet]]]] = {
@@ -156,6 +159,13 @@ class Conversation:
                 # A client that does not want to be told can't go on from this.
                 raise PeerError(errno.EPROTO, f"{request.kind.name}: {error}") from error
             return [Packet(encode_refusal(request, error))]
+
+    def memory_changed(self) -> list[Packet]:
+        """Return what tells the client that its list of memory is old, once for each list."""
+        if not self._knows_memory:
+            return []
+        self._knows_memory = False
+        return [Packet(encode_note(self._memory.generation))]
 
     def end_session(self) -> None:
         """Have the client let go: its fault event is signalled, and it can't export any more."""
@@ -244,6 +254,7 @@ class Conversation:
 
     def _list_memory(self, request: Request) -> list[Packet]:
         body, fds = memory_page(self._memory, *request.values)
+        self._knows_memory = True
         return [Packet(encode_reply(request, body), fds)]
 
     def _report(self, request: Request) -> list[Packet]:

@@ -2,7 +2,8 @@
 
 A UNIX socket of type SOCK_SEQPACKET keeps packets apart, so there are no lengths:
 each packet is a header and what belongs to its kind, little-endian, no padding.
-The client asks, the server answers in order; a packet with id 0 is not answered.
+The client asks, the server answers in order; a request with id 0 is not answered, and
+an answer with id 0 was not asked for: it says that guest memory has changed.
 Addresses and sizes are in bytes, ranges are half-open. docs/export-sessions.md has
 the tables.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "CHANGED",
     "EXPORTED",
     "FAULT",
     "FILE_NONE",
@@ -62,6 +64,7 @@ __all__ = [
     "decode_request",
     "decode_spans",
     "decode_welcome",
+    "encode_note",
     "encode_refusal",
     "encode_regions",
     "encode_reply",
@@ -87,6 +90,7 @@ EXPORTED: Final = struct.Struct("<QII")  # memory generation, regions here, regi
 REGION: Final = struct.Struct("<QQII")  # GPA, length, access, 0
 LISTED: Final = struct.Struct("<QII")  # memory generation, spans here, spans behind them
 SPAN: Final = struct.Struct("<QQQII")  # GPA, size, offset, number of the file, access
+CHANGED: Final = struct.Struct("<Q")  # memory generation
 FIRST: Final = struct.Struct("<I")  # number of the first span wanted
 REPORT: Final = struct.Struct("<QII")  # IOVA, access, 0
 FAULT: Final = struct.Struct("<QII")  # IOVA, reason, 0
@@ -161,6 +165,11 @@ class Reply(NamedTuple):
     error: int
     body: bytes
 
+    @property
+    def is_note(self) -> bool:
+        """Whether it was not asked for: guest memory has changed."""
+        return self.kind is Kind.MEMORY and not self.ident and not self.error
+
 
 class Welcome(NamedTuple):
     """What the server says first: its version, and how much a client may hold."""
@@ -221,6 +230,11 @@ def decode_request(data: bytes) -> Request:
 def encode_reply(request: Request, body: bytes = b"") -> bytes:
     """Return the packet that answers ``request``."""
     return HEADER.pack(request.kind | _REPLY, 0, request.ident) + body
+
+
+def encode_note(generation: int) -> bytes:
+    """Return the packet that says that guest memory has changed since it was listed."""
+    return HEADER.pack(Kind.MEMORY | _REPLY, 0, 0) + CHANGED.pack(generation)
 
 
 def encode_refusal(request: Request, error: ViommuError) -> bytes:

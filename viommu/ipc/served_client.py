@@ -67,6 +67,9 @@ class ServedClient:
         self._watch = HoldWatch(loop, policy, self._overdue)
         self._conversation = Conversation(setup, loop.clock, self._session_changed)
         self._deadline = loop.call_later(self._limits.hello_time, self._too_late)
+        self._memory = setup.memory
+        self._noting = False
+        setup.memory.watch(self._memory_changed)
         loop.on_readable(self._packets, self._serve)
 
     @property
@@ -109,6 +112,7 @@ class ServedClient:
         _log.info("%s: %s is served no more: %s", self._name, self.process, why)
         self._deadline.cancel()
         self._watch.stop()
+        self._memory.unwatch(self._memory_changed)
         self._loop.forget(self._packets)
         self._packets.close()
         self._conversation.close()
@@ -142,11 +146,11 @@ class ServedClient:
             except PeerError as error:
                 self._hang_up(str(error))
             else:
-                self._after_request()
+                self._pause_unless_read()
+                if not self._conversation.holds:
+                    self._watch.stop()
 
-    def _after_request(self) -> None:
-        if not self._conversation.holds:
-            self._watch.stop()
+    def _pause_unless_read(self) -> None:
         if self._packets.backlog:
             # A client that doesn't read is not read from: the answers to one request wait.
             self._loop.on_readable(self._packets, None)
@@ -162,6 +166,23 @@ class ServedClient:
         if not self._packets.backlog:
             self._loop.forget(self._packets)
             self._loop.on_readable(self._packets, self._serve)
+
+    def _memory_changed(self) -> None:
+        if not self._noting:
+            self._noting = True
+            self._loop.call_soon(self._note_memory)
+
+    def _note_memory(self) -> None:
+        """Tell the client that guest memory has changed, if it has looked at it before."""
+        self._noting = False
+        if self.closed or self._ending:
+            return
+        try:
+            self._packets.send(self._conversation.memory_changed())
+        except EOFError as error:
+            self._gone(str(error))
+        else:
+            self._pause_unless_read()
 
     def _too_late(self) -> None:
         if not self._conversation.greeted:
