@@ -12,7 +12,7 @@ from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command, IoFdType
 from viommu.vfio_user import IrqInfo, RegionInfo, requests
 from viommu.vfio_user.protocol import Capabilities, Message, encode_version
-from viommu.vfio_user.requests import IoFd, RegionWrite, Request
+from viommu.vfio_user.requests import Agreement, IoFd, RegionWrite, Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +128,11 @@ COMMANDS: dict[str, tuple[Request[Any], bytes, dict[bytes, object]]] = {
     "mig_data_read": (
         requests.mig_data_read(8),
         struct.pack("<II", 16, 8),
-        {struct.pack("<II", 16, 3) + b"abc": b"abc", struct.pack("<II", 8, 0): b""},
+        {
+            struct.pack("<II", 16, 3) + b"abc": b"abc",
+            struct.pack("<II", 11, 3) + b"abc\0\0\0\0\0": b"abc",
+            struct.pack("<II", 8, 0): b"",
+        },
     ),
     "mig_data_write": (
         requests.mig_data_write(b"abc"),
@@ -209,7 +213,6 @@ NONSENSE: dict[str, tuple[Request[Any], list[bytes]]] = {
         [
             b"",
             bytes(7),
-            struct.pack("<II", 11, 2) + b"abc",
             struct.pack("<II", 11, 4) + b"abc",
             struct.pack("<II", 12, 4) + b"abcd",
         ],
@@ -274,7 +277,10 @@ def test_parts_of_a_region_as_libvfio_user_has_them() -> None:
 # --- negotiation
 
 
-def version(minor: int, theirs: Capabilities | None, *, ours: Capabilities) -> tuple[int, Any]:
+TWIN = b'{"capabilities":{"max_msg_fds":8,"twin_socket":{"supported":true,"fd_index":%d}}}\0'
+
+
+def version(minor: int, theirs: Capabilities | None, *, ours: Capabilities) -> Agreement:
     request = requests.version(1, ours)
     assert request.payload == encode_version(1, ours)
     text = b"" if theirs is None else theirs.encode()
@@ -283,27 +289,45 @@ def version(minor: int, theirs: Capabilities | None, *, ours: Capabilities) -> t
 
 @pytest.mark.parametrize("minor", [0, 1])
 def test_an_older_version_is_taken(minor: int) -> None:
-    assert version(minor, THEIRS, ours=Capabilities(16)) == (minor, THEIRS)
+    assert version(minor, THEIRS, ours=Capabilities(16)) == Agreement(minor, THEIRS)
 
 
 def test_without_capabilities_the_defaults_hold() -> None:
-    assert version(0, None, ours=Capabilities(16)) == (0, Capabilities(1, 1 << 20))
+    assert version(0, None, ours=Capabilities(16)) == Agreement(0, Capabilities(1, 1 << 20))
 
 
 def test_what_was_not_offered_is_not_agreed_upon() -> None:
     theirs = Capabilities(8, 64 << 20, write_multiple=True, iommufd=True, fixed_iova=True)
-    _, agreed = version(1, theirs, ours=Capabilities(16))
+    agreed = version(1, theirs, ours=Capabilities(16)).capabilities
     assert agreed == Capabilities(8, 1 << 20)
     ours = Capabilities(16, 2 << 20, write_multiple=True, iommufd=True, fixed_iova=True)
-    _, agreed = version(1, theirs, ours=ours)
+    agreed = version(1, theirs, ours=ours).capabilities
     assert agreed == Capabilities(8, 2 << 20, write_multiple=True, iommufd=True, fixed_iova=True)
 
 
 def test_what_nobody_knows_is_ignored() -> None:
     request = requests.version(1, Capabilities(16))
-    text = b'{"capabilities":{"max_msg_fds":8,"twin_socket":{"supported":true,"fd_index":0}}}\0'
+    text = b'{"capabilities":{"max_msg_fds":8,"of somebody":{"else":[1]}}}\0'
     message = answer(request, spec.VERSION.pack(0, 1) + text)
-    assert request.decode(message) == (1, Capabilities(8))
+    assert request.decode(message) == Agreement(1, Capabilities(8))
+
+
+def test_a_twin_socket_comes_with_the_answer() -> None:
+    request = requests.version(1, Capabilities(16, twin_socket=True))
+    assert b'"twin_socket":{"supported":true}' in request.payload
+    message = answer(request, spec.VERSION.pack(0, 1) + TWIN % 0, [33])
+    assert request.decode(message) == Agreement(1, Capabilities(8, twin_socket=True), 33)
+    assert message.fds == [], "it is the receiver's now"
+    nonsense(request, spec.VERSION.pack(0, 1) + TWIN % 0)
+    nonsense(request, spec.VERSION.pack(0, 1) + TWIN % 1, [33])
+
+
+def test_a_twin_socket_is_not_taken_unasked() -> None:
+    request = requests.version(1, Capabilities(16))
+    assert request.max_fds == 0
+    message = answer(request, spec.VERSION.pack(0, 1) + TWIN % 0, [33])
+    assert request.decode(message) == Agreement(1, Capabilities(8))
+    assert message.fds == [33]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from viommu.errors import PeerError, UsageError, ViommuError
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.vfio_user import requests
-from viommu.vfio_user.connection import Connection, close_fds, copy_fds
+from viommu.vfio_user.connection import close_fds, copy_fds
 from viommu.vfio_user.dma_service import DmaService
+from viommu.vfio_user.link import Link
 from viommu.vfio_user.outstanding import Outstanding
-from viommu.vfio_user.protocol import Capabilities, MessageSizeError, command_message
+from viommu.vfio_user.protocol import Capabilities, command_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from viommu.loop import Loop, Timer
     from viommu.vfio_user.dma_service import DmaPort
     from viommu.vfio_user.protocol import Message
-    from viommu.vfio_user.requests import IoFdsReply, RegionReply, Request
+    from viommu.vfio_user.requests import Agreement, IoFdsReply, RegionReply, Request
     from viommu.vfio_user.served import RegionInfo
 
 __all__ = ["ClientLimits", "LoopClient", "dial", "wait"]
@@ -146,14 +147,15 @@ class LoopClient:
         offers = offers or _default_offers(serves=memory is not None)
         #: What the device has asked of our memory, counted.
         self.dma = DmaService(memory, offers.max_data_xfer_size)
-        self._connection = Connection(sock, spec.MAX_MESSAGE)
+        self._link = self._connect(sock, self._take)
+        #: The second socket, on which the device asks, when it wants one.
+        self._twin: Link | None = None
         self._outstanding = Outstanding(self._limits.max_outstanding)
         self._early: deque[_Early] = deque()
         self._early_bytes = self._early_fds = 0
         self._timer: Timer | None = None
-        self._agreed = self._paused = self._breaking = False
-        loop.on_readable(self._connection, self._readable)
-        answer: Deferred[tuple[int, Capabilities]] = Deferred()
+        self._agreed = False
+        answer: Deferred[Agreement] = Deferred()
         answer.then(self._agree)
         self._send(requests.version(spec.VERSION_MINOR, offers), answer, timeout)
 
@@ -170,11 +172,11 @@ class LoopClient:
     @property
     def sending(self) -> bool:
         """Return whether the loop has still to send something, or to find that it can't."""
-        return self._breaking or self._connection.backlog
+        return self._link.sending or (self._twin is not None and self._twin.sending)
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed."""
-        return self._connection.fileno()
+        return self._link.fileno()
 
     def submit(self, request: Request[T], *, timeout: float | None = None) -> Deferred[T]:
         """Send a request; it is done when its reply has come.
@@ -243,7 +245,7 @@ class LoopClient:
         return PeerError(errno.ENOTCONN, "the connection is closed") if self.closed else None
 
     def _is_full(self, request: Request[Any]) -> bool:
-        limits, fds = self._limits, self._connection.queued_fds + self._early_fds
+        limits, fds = self._limits, self._link.queued_fds + self._early_fds
         return (
             self.outstanding >= limits.max_outstanding
             or self._queued_bytes + len(request.payload) > limits.max_queued_bytes
@@ -252,7 +254,7 @@ class LoopClient:
 
     @property
     def _queued_bytes(self) -> int:
-        return self._connection.queued_bytes + self._early_bytes
+        return self._link.queued_bytes + self._early_bytes
 
     def _keep(
         self, request: Request[Any], deferred: Deferred[Any] | None, timeout: float
@@ -266,12 +268,14 @@ class LoopClient:
         self._early_fds += len(fds)
         return None
 
-    def _agree(self, answer: Deferred[tuple[int, Capabilities]]) -> None:
+    def _agree(self, answer: Deferred[Agreement]) -> None:
         """Take the answer to VERSION, and send what has waited for it."""
         try:
-            self.minor, self.capabilities = answer.result()
+            self.minor, self.capabilities, twin = answer.result()
+            if twin is not None:
+                self._twin = self._connect(_socket(twin), self._take_from_twin)
         except PeerError as error:
-            self._fail(error.errno, str(error))
+            self._fail(error)
             return
         self._agreed = True
         early, self._early = self._early, deque()
@@ -301,85 +305,48 @@ class LoopClient:
             ident = self._outstanding.add(request, deferred, deadline)
             self._watch(deadline)
         data = command_message(ident, request.command, request.payload, no_reply=posted)
-        self._put(data, request.fds)
+        self._link.send(data, request.fds)
         return None
-
-    def _put(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        if self._breaking:
-            return
-        try:
-            self._connection.send(data, fds)
-        except EOFError as error:
-            # Whoever submits is not called back meanwhile, and what the device has
-            # answered before it went is taken first.
-            self._breaking = True
-            why = f"the server has gone: {error}"
-            self._loop.call_soon(lambda: self._fail(errno.ECONNRESET, why))
-            return
-        if self._connection.backlog:
-            self._loop.on_writable(self._connection, self._writable)
-
-    def _writable(self) -> None:
-        try:
-            self._connection.flush()
-        except EOFError as error:
-            self._fail(errno.ECONNRESET, f"the server has gone: {error}")
-            return
-        if not self._connection.backlog:
-            self._loop.on_writable(self._connection, None)
-        if self._paused and not self._owed:
-            self._paused = False
-            self._loop.on_readable(self._connection, self._readable)
 
     # --- what comes in
 
-    @property
-    def _owed(self) -> bool:
-        """Whether the device asks for memory and doesn't take it.
+    def _connect(self, sock: socket.socket, take: Callable[[Message], bool]) -> Link:
+        limits = self._limits
+        return Link(
+            self._loop,
+            sock,
+            take=take,
+            lost=self._fail,
+            # More than requests can make of it are answers that the device has asked for.
+            max_queued=limits.max_queued_bytes + spec.MAX_MESSAGE,
+            messages_per_turn=limits.messages_per_turn,
+        )
 
-        It must go on being read from when it only doesn't take requests: it may be
-        busy with sending us something.
-        """
-        most = self._limits.max_queued_bytes + spec.MAX_MESSAGE
-        return self._connection.queued_bytes > most
-
-    def _readable(self) -> None:
-        for _ in range(self._limits.messages_per_turn):
-            if self.closed:
-                return
-            if self._owed:
-                self._paused = True
-                self._loop.on_readable(self._connection, None)
-                return
-            try:
-                message = self._connection.receive()
-            except MessageSizeError as error:
-                close_fds(error.message.fds)
-                self._fail(errno.EPROTO, str(error))
-                return
-            except EOFError as error:
-                self._fail(errno.ECONNRESET, f"the server has gone: {error}")
-                return
-            if message is None:
-                return
-            self._take(message)
-            if not self._outstanding:
-                return  # if there is more after all, the loop says so
-
-    def _take(self, message: Message) -> None:
+    def _take(self, message: Message) -> bool:
+        if message.kind == spec.F_TYPE_COMMAND:
+            self._serve(message, self._link)
+            return True
         try:
-            if message.kind == spec.F_TYPE_COMMAND:
-                reply = self.dma.answer(message)
-                if reply is not None:
-                    self._put(reply)
-                return
             tell = self._outstanding.take(message)
         except PeerError as error:
-            self._fail(error.errno, str(error))
-            return
-        finally:
-            close_fds(message.fds)
+            self._fail(error)
+            return False
         tell()
+        return len(self._outstanding) > 0
+
+    def _take_from_twin(self, message: Message) -> bool:
+        if message.kind != spec.F_TYPE_COMMAND or self._twin is None:
+            self._fail(
+                PeerError(errno.EPROTO, f"a message of type {message.kind} on the twin socket")
+            )
+            return False
+        self._serve(message, self._twin)
+        return True
+
+    def _serve(self, message: Message, link: Link) -> None:
+        reply = self.dma.answer(message)
+        if reply is not None:
+            link.send(reply)
 
     def _whole(self, ask: Callable[[int], Request[_R]], argsz: int) -> Deferred[_R]:
         """Ask with room for ``argsz`` bytes, and once more if the answer needs more."""
@@ -400,7 +367,7 @@ class LoopClient:
                 self.submit(ask(argsz)).then(answered)
             else:
                 why = f"the answer needs {reply.argsz} bytes, {argsz} were accepted"
-                self._fail(errno.EPROTO, why)
+                self._fail(PeerError(errno.EPROTO, why))
                 whole.refuse(PeerError(errno.EPROTO, why))
 
         self.submit(ask(argsz)).then(answered)
@@ -422,24 +389,24 @@ class LoopClient:
         if deadline is None:
             return
         if deadline <= self._loop.clock():
-            self._fail(errno.ETIMEDOUT, "the server has not answered in time")
+            self._fail(PeerError(errno.ETIMEDOUT, "the server has not answered in time"))
         else:
             self._watch(deadline)
 
-    def _fail(self, number: int, why: str) -> None:
-        if self._end(number, why) and self._on_closed is not None:
-            self._on_closed(PeerError(number, why))
+    def _fail(self, why: PeerError) -> None:
+        if self._end(why.errno, str(why)) and self._on_closed is not None:
+            self._on_closed(why)
 
     def _end(self, number: int, why: str) -> bool:
         """Close everything and refuse what waits; return whether it was open."""
         if self.closed:
             return False
         self.ended = PeerError(number, why)
-        self._breaking = False
         if self._timer is not None:
             self._timer.cancel()
-        self._loop.forget(self._connection)
-        self._connection.close()
+        self._link.close()
+        if self._twin is not None:
+            self._twin.close()
         early, self._early = self._early, deque()
         self._outstanding.refuse_all(number, why)
         for request, deferred, _ in early:
@@ -451,6 +418,19 @@ class LoopClient:
         return True
 
 
+def _socket(fd: int) -> socket.socket:
+    """Return the socket that ``fd``, which a peer has sent and which is owned, should be."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        close_fds([fd])
+        raise PeerError(errno.EPROTO, f"the twin socket is none: {error}") from error
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.close()
+        raise PeerError(errno.EPROTO, f"the twin socket is of {sock.family!r}, {sock.type!r}")
+    return sock
+
+
 def _default_offers(*, serves: bool) -> Capabilities:
     # That DMA is served has no capability in the specification: send what QEMU sends,
     # which does, and what says that it is served whatever else we wait for.
@@ -460,6 +440,7 @@ def _default_offers(*, serves: bool) -> Capabilities:
             max_dma_maps=_MAX_DMA_MAPS,
             pgsizes=_PAGE,
             write_multiple=True,
+            twin_socket=True,
             message_dma=True,
         )
     return Capabilities(requests.MAX_REPLY_FDS, write_multiple=True)

@@ -200,6 +200,11 @@ class Capabilities:
     fixed_iova: bool = False
     #: Answers DMA_READ and DMA_WRITE at any time, whatever it waits for (viommu's own).
     message_dma: bool = False
+    #: Commands of the server go over a socket of their own: the file descriptor with this
+    #: index that comes with its answer. libvfio-user needs that: where commands of both
+    #: sides share a socket, it takes the client's for replies.
+    twin_socket: bool = False
+    twin_fd_index: int = 0
 
     @property
     def serves_dma(self) -> bool:
@@ -243,11 +248,12 @@ class Capabilities:
             self.agreed(offered),
             max_data_xfer_size=min(self.max_data_xfer_size, offered.max_data_xfer_size),
             write_multiple=self.write_multiple and offered.write_multiple,
+            twin_socket=self.twin_socket and offered.twin_socket,
         )
 
     def encode(self) -> bytes:
         """Return the JSON text with its NUL, leaving out what isn't there."""
-        values: dict[str, int | bool | dict[str, bool]] = {
+        values: dict[str, Any] = {
             "max_msg_fds": self.max_msg_fds,
             "max_data_xfer_size": self.max_data_xfer_size,
         }
@@ -257,6 +263,10 @@ class Capabilities:
             values["pgsizes"] = self.pgsizes
         if self.write_multiple:
             values["write_multiple"] = True
+        if self.twin_socket:
+            values["twin_socket"] = {"supported": True}
+            if self.twin_fd_index:
+                values["twin_socket"]["fd_index"] = self.twin_fd_index
         if self.iommufd:
             values[iommufd.CAPABILITY] = {"supported": True}
         ours = {"fixed_iova": self.fixed_iova, "message_dma": self.message_dma}
@@ -286,6 +296,7 @@ class Capabilities:
         migration = _object(known, "migration")
         _number(migration, "pgsize", _PAGE, multiple=_PAGE)
         ours = _object(known, iommufd.CAPABILITY_OF_VIOMMU)
+        twin = _object(known, "twin_socket")
         fds = _number(known, "max_msg_fds", 0, _MAX_FDS_LIMIT)
         data = _number(known, "max_data_xfer_size", 0)
         return cls(
@@ -297,6 +308,8 @@ class Capabilities:
             iommufd=_boolean(_object(known, iommufd.CAPABILITY), "supported"),
             fixed_iova=_boolean(ours, "fixed_iova"),
             message_dma=_boolean(ours, "message_dma"),
+            twin_socket=_boolean(twin, "supported"),
+            twin_fd_index=_number(twin, "fd_index", 0, _MAX_FDS_LIMIT) or 0,
         )
 
 

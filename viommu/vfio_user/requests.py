@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_REPLY_FDS",
+    "Agreement",
     "DeviceInfo",
     "FeatureReply",
     "IoFd",
@@ -90,6 +91,14 @@ class Request(NamedTuple, Generic[T]):
             raise UsageError(f"{len(self.fds)} file descriptors, the server takes {limit}")
         if self.command == Command.REGION_WRITE_MULTI and not theirs.write_multiple:
             raise UsageError("the server does not take several writes in a message")
+
+
+class Agreement(NamedTuple):
+    """What was agreed upon; a socket on which the device asks is the receiver's."""
+
+    minor: int
+    capabilities: Capabilities
+    twin: int | None = None
 
 
 class DeviceInfo(NamedTuple):
@@ -155,19 +164,25 @@ class FeatureReply(NamedTuple):
     data: bytes
 
 
-def version(minor: int, ours: Capabilities) -> Request[tuple[int, Capabilities]]:
+def version(minor: int, ours: Capabilities) -> Request[Agreement]:
     """Propose a version, and say what we can take; the answer is what is spoken."""
 
-    def decode(message: Message) -> tuple[int, Capabilities]:
+    def decode(message: Message) -> Agreement:
         try:
             chosen, theirs = decode_version(message.payload)
         except PeerError as error:
             raise _nonsense(f"the server's answer: {error}") from error
         if chosen > minor:
             raise _nonsense(f"version {spec.VERSION_MAJOR}.{chosen} was not offered")
-        return chosen, theirs.within(ours)
+        agreed = theirs.within(ours)
+        if not agreed.twin_socket:
+            return Agreement(chosen, agreed)
+        if agreed.twin_fd_index >= len(message.fds):
+            raise _nonsense(f"file descriptor {agreed.twin_fd_index} of {len(message.fds)}")
+        return Agreement(chosen, agreed, message.fds.pop(agreed.twin_fd_index))
 
-    return Request(Command.VERSION, encode_version(minor, ours), decode)
+    payload = encode_version(minor, ours)
+    return Request(Command.VERSION, payload, decode, max_fds=1 if ours.twin_socket else 0)
 
 
 def dma_map(
@@ -349,9 +364,13 @@ def mig_data_read(size: int) -> Request[bytes]:
 
     def decode(message: Message) -> bytes:
         payload = _at_most(message, head + size)
-        if len(payload) < head or spec.MIG_DATA.unpack_from(payload)[1] != len(payload) - head:
+        # libvfio-user sends as much as was asked for, whatever there is.
+        if (
+            len(payload) < head
+            or (there := spec.MIG_DATA.unpack_from(payload)[1]) > len(payload) - head
+        ):
             raise _nonsense(f"{len(payload)} bytes with migration data: {payload[:head].hex(' ')}")
-        return payload[head:]
+        return payload[head : head + there]
 
     payload = _pack(spec.MIG_DATA, head + size, size)
     return Request(Command.MIG_DATA_READ, payload, decode, transfer=size)
