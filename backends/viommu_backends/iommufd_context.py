@@ -20,6 +20,7 @@ from viommu.errors import Access, BackendError
 from viommu.spec import iommufd as spec
 from viommu.spec.iommufd import Ioctl
 from viommu_backends.kernel import ask, open_device_file
+from viommu_backends.memlock import PINNED, over_the_limit
 
 __all__ = ["IoasRanges", "Iommufd", "address_of"]
 
@@ -71,13 +72,14 @@ class Iommufd:
         the next ATTACH fails: attach before mapping.
 
         Raises:
-            BackendError: EEXIST, EINVAL, ENOMEM, EFAULT as for type1. Nothing is mapped.
+            BackendError: EEXIST, EINVAL, ENOMEM (with the numbers), EFAULT as for
+                type1. Nothing is mapped.
         """
         argument = bytearray(
             spec.IOAS_MAP.pack(spec.IOAS_MAP.size, _flags(prot), ioas, 0, va, size, iova)
         )
         what = f"iommufd map of [{iova:#x}, {iova + size:#x}) in IOAS {ioas}"
-        ask(self._fd, Ioctl.IOAS_MAP, argument, what)
+        self._ask_to_map(Ioctl.IOAS_MAP, argument, what, size)
 
     def map_file(self, ioas: int, iova: int, fd: int, start: int, size: int, prot: Access) -> None:  # noqa: PLR0917 - the order of the structure
         """Map ``size`` bytes of a memfd, or of a dma-buf, from ``start`` on.
@@ -95,7 +97,7 @@ class Iommufd:
             )
         )
         what = f"iommufd map of a file at [{iova:#x}, {iova + size:#x}) in IOAS {ioas}"
-        ask(self._fd, Ioctl.IOAS_MAP_FILE, argument, what)
+        self._ask_to_map(Ioctl.IOAS_MAP_FILE, argument, what, size)
 
     def unmap(self, ioas: int, iova: int, size: int) -> int:
         """Remove the mappings inside a range; return how many bytes they had.
@@ -136,8 +138,8 @@ class Iommufd:
                 from_iova,
             )
         )
-        what = f"iommufd copy of {size:#x} bytes to {to_iova:#x} in IOAS {destination}"
-        ask(self._fd, Ioctl.IOAS_COPY, argument, what)
+        what = f"iommufd copy to [{to_iova:#x}, {to_iova + size:#x}) in IOAS {destination}"
+        self._ask_to_map(Ioctl.IOAS_COPY, argument, what, size)
 
     def iova_ranges(self, ioas: int) -> IoasRanges:
         """Return what can be mapped; it changes with every device that comes or goes."""
@@ -233,6 +235,14 @@ class Iommufd:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _ask_to_map(self, request: int, argument: bytearray, what: str, size: int) -> None:
+        try:
+            ask(self._fd, request, argument, what)
+        except BackendError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise BackendError(error.errno, f"{what}: {over_the_limit(size, PINNED)}") from error
 
 
 def address_of(buffer: bytearray) -> int:

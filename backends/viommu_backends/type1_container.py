@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -18,6 +17,7 @@ from viommu.errors import Access, BackendError, InternalError
 from viommu.spec import vfio_host as spec
 from viommu.spec.vfio_host import Extension, Ioctl
 from viommu_backends.kernel import ask, open_device_file
+from viommu_backends.memlock import LOCKED, over_the_limit
 
 if TYPE_CHECKING:
     from viommu_backends.host_device import HostDevice
@@ -200,22 +200,10 @@ class Type1Container:
     def _why(self, number: int, size: int) -> str:
         """Say more about errors that have a remedy, with both numbers."""
         if number == errno.ENOMEM:
-            limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            return (
-                f": {size} more bytes would be locked, {_locked_bytes()} are, and the limit is "
-                f"{'none' if limit == resource.RLIM_INFINITY else limit} (ulimit -l)"
-            )
+            return f": {over_the_limit(size, LOCKED)}"
         if number == errno.ENOSPC:
             return (
                 f": {self.refresh().available} mappings are left of dma_entry_limit "
                 "(a parameter of the module vfio_iommu_type1, when a container is opened)"
             )
         return ""
-
-
-def _locked_bytes() -> int:
-    """Return how much memory this process has locked."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmLck:"):
-            return int(line.split()[1]) << 10
-    return 0

@@ -218,10 +218,12 @@ def test_nothing_is_asked_of_an_ioas_without_a_device(
     assert memory.read(0, 4) == WORD
 
 
-def test_too_little_lockable_memory(context: Iommufd, ioas: int, memory: Pages) -> None:
+def test_too_little_lockable_memory_says_both_numbers(
+    context: Iommufd, ioas: int, memory: Pages
+) -> None:
     with locked_memory(8 * PAGE):
         context.map(ioas, IOVA, memory.address, 6 * PAGE, RW)
-        refused(
+        message = refused(
             errno.ENOMEM,
             context.map,
             ioas,
@@ -230,6 +232,8 @@ def test_too_little_lockable_memory(context: Iommufd, ioas: int, memory: Pages) 
             4 * PAGE,
             RW,
         )
+        assert f"{4 * PAGE} more bytes would be locked, {6 * PAGE} are" in message
+        assert f"the limit is {8 * PAGE}" in message
         assert context.unmap_all(ioas) == 6 * PAGE
 
 

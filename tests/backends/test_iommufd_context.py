@@ -79,6 +79,20 @@ def test_a_file_that_is_no_iommufd_maps_no_files(context: Iommufd) -> None:
     assert not context.can_map_files()
 
 
+def test_too_much_pinned_memory_is_said_with_its_numbers(
+    context: Iommufd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_: int, request: int, argument: bytearray, what: str) -> int:
+        raise BackendError(errno.ENOMEM, what)
+
+    monkeypatch.setattr(iommufd_context, "ask", ask)
+
+    for name in ("map", "map_file", "copy"):
+        with pytest.raises(BackendError, match="4096 more bytes would be locked") as caught:
+            CALLS[name](context)
+        assert caught.value.errno == errno.ENOMEM
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "number"),
     [
