@@ -2,8 +2,9 @@
 
 The first group of a domain makes an IOAS, is attached to it, and only then maps
 into it: an IOAS without a device accepts anything, and the next ATTACH would have
-to pay for that. A further group joins with one ioctl, and nothing is mapped or
-pinned twice. A group that comes from another domain is moved in one step.
+to pay for that. A further group joins with one ioctl, and nothing is mapped twice.
+A group that comes from another domain is moved in one step. RAM is pinned once,
+however many domains have it: see :mod:`viommu_backends.iommufd_memory`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ from typing import TYPE_CHECKING, Final
 
 from viommu.errors import BackendError, InternalError
 from viommu.mapper import AddMapResult, MappingInfo, RemoveMapResult, next_mapper_id
-from viommu.memory.dma_target import AddressRange, DmaNeeds, require_host_va
-from viommu_backends.bar_file import BarFile
 from viommu_backends.host_mapper import HostTarget, NoExports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from viommu.errors import Access
     from viommu.events import Event
     from viommu.mapper import MemoryMapper
-    from viommu.memory.dma_target import DmaRegistration, DmaTarget
     from viommu_backends.host_map import Piece
-    from viommu_backends.iommufd_context import Iommufd
+    from viommu_backends.iommufd_memory import IommufdMemory
     from viommu_backends.vfio_device import VfioDevice
 
 __all__ = ["IommufdMapper"]
@@ -41,46 +39,35 @@ class _IoasSpace:
 
     page_size = _PAGE
 
-    def __init__(self, context: Iommufd) -> None:
-        self.context = context
-        self.number = context.alloc_ioas()
+    def __init__(self, memory: IommufdMemory) -> None:
+        self._memory = memory
+        self.number = memory.context.alloc_ioas()
 
     def map(self, iova: int, piece: Piece, prot: Access) -> None:
-        """Map a piece: a BAR by dma-buf, a memfd by file, the rest by address."""
-        context, file = self.context, piece.file
-        if isinstance(file, BarFile):
-            fd = file.dma_buf(piece.offset, piece.size)
-            try:
-                # The kernel keeps the dma-buf; the fd has done its part.
-                context.map_file(self.number, iova, fd, 0, piece.size, prot)
-            finally:
-                os.close(fd)
-        elif file is not None and context.can_map_files():
-            context.map_file(self.number, iova, file.fileno(), piece.offset, piece.size, prot)
-        else:
-            where = AddressRange(piece.gpa, piece.gpa + piece.size)
-            va = require_host_va(where, piece.va)
-            context.map(self.number, iova, va, piece.size, prot)
+        """Map a piece."""
+        self._memory.map(self.number, iova, piece, prot)
 
     def unmap(self, iova: int, size: int) -> None:
-        """Remove one entry; the kernel must find exactly that."""
-        removed = self.context.unmap(self.number, iova, size)
-        if removed != size:
-            raise InternalError(f"{removed:#x} bytes were unmapped at {iova:#x}, not {size:#x}")
+        """Remove one entry."""
+        self._memory.unmap(self.number, iova, size)
+
+    def destroy(self) -> None:
+        """Destroy the IOAS; no device is attached to it."""
+        self._memory.context.destroy(self.number)
 
 
 class _Ioas(HostTarget):
     """The IOAS of one domain, shared by its groups; it follows guest memory while it lives."""
 
-    def __init__(self, context: Iommufd, register: Callable[[_Ioas], DmaRegistration]) -> None:
-        self.space = _IoasSpace(context)
+    def __init__(self, memory: IommufdMemory) -> None:
+        self.space = _IoasSpace(memory)
         super().__init__(self.space)
         self.id = next_mapper_id()
         self._users = 1
         try:
-            self._registration = register(self)
+            self._registration = memory.register(self, f"iommufd IOAS {self.space.number}")
         except BaseException:
-            context.destroy(self.space.number)
+            self.space.destroy()
             raise
 
     def share(self) -> _Ioas:
@@ -95,25 +82,18 @@ class _Ioas(HostTarget):
             return
         self._registration.release()
         self.host.clear()
-        self.space.context.destroy(self.space.number)
+        self.space.destroy()
 
 
 class IommufdMapper(NoExports):
     """Maps guest memory for the devices of one group; satisfies the contract of a mapper.
 
-    ``register`` subscribes a DMA target to guest memory, under a name and with its
-    needs. The devices are bound to ``context``, and blocked until something is mapped.
+    The devices are bound to the context of ``memory``, and blocked until something is mapped.
     """
 
-    def __init__(
-        self,
-        context: Iommufd,
-        devices: Sequence[VfioDevice],
-        register: Callable[[str, DmaTarget, DmaNeeds], DmaRegistration],
-    ) -> None:
-        self.context = context
+    def __init__(self, memory: IommufdMemory, devices: Sequence[VfioDevice]) -> None:
+        self.memory = memory
         self.devices = tuple(devices)
-        self._register = register
         self._id = next_mapper_id()
         self._ioas: _Ioas | None = None
 
@@ -163,7 +143,7 @@ class IommufdMapper(NoExports):
 
     def join(self, other: MemoryMapper) -> bool:
         """Attach to the IOAS of ``other``: one ioctl a device, whatever is mapped."""
-        if not isinstance(other, IommufdMapper) or other.context is not self.context:
+        if not isinstance(other, IommufdMapper) or other.memory is not self.memory:
             return False
         if self._ioas is not None and len(self._ioas.host):
             raise InternalError("a mapper joins another while it has mappings")
@@ -175,16 +155,16 @@ class IommufdMapper(NoExports):
 
         A new one is filled while nothing is attached: what can't be mapped for these
         devices then makes the attach fail, which keeps the old one, and nobody
-        else will ever be attached to it. Its pages are pinned twice for a moment.
+        else will ever be attached to it.
         """
         if self._ioas is None:
             return False
         try:
             for mate in mates:
-                if isinstance(mate, IommufdMapper) and mate.context is self.context:
+                if isinstance(mate, IommufdMapper) and mate.memory is self.memory:
                     self._move_to(mate.enter().share())
                     return True
-            ioas = _Ioas(self.context, self._subscribe)
+            ioas = _Ioas(self.memory)
             try:
                 for mapping in mappings:
                     ioas.host.add(mapping)
@@ -209,7 +189,7 @@ class IommufdMapper(NoExports):
     def enter(self) -> _Ioas:
         """Return the IOAS that the devices are attached to, made now if there is none."""
         if self._ioas is None:
-            self._move_to(_Ioas(self.context, self._subscribe))
+            self._move_to(_Ioas(self.memory))
         assert self._ioas is not None  # noqa: S101 - mypy does not look into calls
         return self._ioas
 
@@ -240,12 +220,6 @@ class IommufdMapper(NoExports):
                     else:
                         earlier.attach(self._ioas.space.number)
                 raise
-
-    def _subscribe(self, ioas: _Ioas) -> DmaRegistration:
-        # Addresses are only needed where files can't be mapped; private memory
-        # has no file, and an address is what is left.
-        needs = DmaNeeds.NONE if self.context.can_map_files() else DmaNeeds.HOST_VA
-        return self._register(f"iommufd IOAS {ioas.space.number}", ioas, needs)
 
     def _check(self) -> None:
         """Raise InternalError when an invariant is broken."""

@@ -16,14 +16,15 @@ from viommu.memory.regions import RegionManager
 from viommu_backends.bar_file import BarFile
 from viommu_backends.iommufd import IommufdMapper
 from viommu_backends.iommufd_context import Iommufd
+from viommu_backends.iommufd_memory import IommufdMemory
 from viommu_backends.type1_container import Type1Container
 from viommu_backends.vfio_device import VfioDevice, open_cdev
 from viommu_backends.vfio_type1 import Type1Mapper
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
-    from viommu.memory.dma_target import DmaNeeds, DmaRegistration, DmaTarget
     from viommu.memory.region import Region
 
 __all__ = ["Bench", "Ram"]
@@ -46,10 +47,18 @@ class Bench:
         self.regions = RegionManager(reservation=_RESERVATION)
         self.devices: dict[str, VfioDevice] = {}
         self._closing = contextlib.ExitStack()
-        self._context: Iommufd | None = None
+        self._memory: IommufdMemory | None = None
         if backend == "iommufd":
-            self._context = Iommufd()
-            self._closing.callback(self._context.close)
+            context = Iommufd()
+            self._closing.callback(context.close)
+            self._memory = IommufdMemory(context, self.regions.register)
+            self._closing.callback(self._memory.close)
+
+    @property
+    def context(self) -> Iommufd:
+        """The iommufd that everything is in."""
+        assert self._memory is not None
+        return self._memory.context
 
     def add_ram(self, gpa: int, size: int, *, writable: bool = True) -> Ram:
         """Add ``size`` bytes of guest memory at ``gpa``."""
@@ -82,13 +91,16 @@ class Bench:
             self.regions.remove_region(region)
 
     def mapper(self, *bdfs: str) -> Type1Mapper | IommufdMapper:
-        """Open the devices ``bdfs``, one whole group or part of it, and return their mapper."""
+        """Open the devices ``bdfs``, one whole group or part of it, and return their mapper.
+
+        With iommufd there can be none: then what is mapped shows by DMA of software.
+        """
         hosts = [host_device(bdf) for bdf in bdfs]
-        if self._context is not None:
+        if self._memory is not None:
             for bdf, host in zip(bdfs, hosts, strict=True):
-                self._keep(bdf, open_cdev(host, self._context))
+                self._keep(bdf, open_cdev(host, self.context))
             devices = [self.devices[bdf] for bdf in bdfs]
-            mapper = IommufdMapper(self._context, devices, self._register)
+            mapper = IommufdMapper(self._memory, devices)
             self._closing.callback(mapper.reset_domain)
             return mapper
         container = Type1Container(hosts[0])
@@ -115,6 +127,10 @@ class Bench:
         """Return a driver for the iommu-testdev at ``bdf``."""
         return WordWriter(self.function(bdf))
 
+    def closing(self, call: Callable[[], None]) -> None:
+        """Make ``call`` before anything is closed that is open now."""
+        self._closing.callback(call)
+
     def close(self) -> None:
         """Close everything, latest first."""
         self._closing.close()
@@ -129,9 +145,6 @@ class Bench:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _register(self, name: str, target: DmaTarget, needs: DmaNeeds) -> DmaRegistration:
-        return self.regions.register(target, name, needs)
 
     def _keep(self, bdf: str, device: VfioDevice) -> None:
         self._closing.callback(device.close)

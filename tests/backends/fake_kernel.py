@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     from viommu.memory.backing import FileBacking
     from viommu.memory.dma_target import DmaTarget
 
-__all__ = ["FakeContainer", "FakeDevice", "FakeIommufd", "Memory"]
+__all__ = ["FakeContainer", "FakeDevice", "FakeIommufd", "Memory", "Source"]
 
 PAGE = 0x1000
 APERTURE = 1 << 39
 TYPE1_RANGES: tuple[tuple[int, int], ...] = ((0, 0xFEE00000), (0xFEF00000, APERTURE))
 
 
+# A virtual address, or a file and where in it.
+Source = int | tuple[int, int]
+
+
 class _Space:
     """One address space: entries that never overlap, removed exactly as they were made."""
 
     def __init__(self) -> None:
-        self.entries: dict[int, tuple[int, object, Access]] = {}
+        self.entries: dict[int, tuple[int, Source, Access]] = {}
 
-    def map(self, iova: int, size: int, source: object, prot: Access) -> None:
+    def map(self, iova: int, size: int, source: Source, prot: Access) -> None:
         if not prot or size <= 0 or (iova | size) % PAGE or iova + size > APERTURE:
             raise BackendError(errno.EINVAL, f"map {iova:#x} {size:#x} {prot}")
         if any(iova < at + n and at < iova + size for at, (n, _, _) in self.entries.items()):
@@ -63,7 +67,8 @@ class FakeIommufd:
     def __init__(self, *, files: bool = True) -> None:
         self.spaces: dict[int, _Space] = {}
         self.attached: dict[int, set[FakeDevice]] = {}
-        self.lazy = 0  # how often something was mapped that no device was attached to
+        self.lazy: set[int] = set()  # where something was mapped while no device was attached
+        self.copies = 0
         self._files = files
         self._next = 1
 
@@ -91,14 +96,29 @@ class FakeIommufd:
         assert self._files
         self._map(ioas, iova, size, (fd, start), prot)
 
-    def _map(self, ioas: int, iova: int, size: int, source: object, prot: Access) -> None:
+    def _map(self, ioas: int, iova: int, size: int, source: Source, prot: Access) -> None:
         """Map, like the kernel, whatever it is while no device is attached."""
         space = self.spaces[ioas]
         if self.attached[ioas]:
             space.map(iova, size, source, prot)
         else:
-            self.lazy += 1
+            self.lazy.add(ioas)
             space.entries[iova] = (size, source, prot)
+
+    def copy(  # noqa: PLR0917 - the real one's
+        self, destination: int, source: int, size: int, to_iova: int, from_iova: int, prot: Access
+    ) -> None:
+        """Map, in the copy, what a mapping of the same part would have."""
+        for iova, (length, where, allowed) in self.spaces[source].entries.items():
+            if iova <= from_iova and from_iova + size <= iova + length:
+                if prot & ~allowed:
+                    raise BackendError(errno.EPERM, f"copy {from_iova:#x} {prot}")
+                skip = from_iova - iova
+                part = where + skip if isinstance(where, int) else (where[0], where[1] + skip)
+                self._map(destination, to_iova, size, part, prot)
+                self.copies += 1
+                return
+        raise BackendError(errno.ENOENT, f"copy {from_iova:#x}")
 
     def unmap(self, ioas: int, iova: int, size: int) -> int:
         removed = self.spaces[ioas].unmap(iova, size)
@@ -150,7 +170,7 @@ class Memory:
         self.pieces: list[tuple[AddressRange, FileBacking | None]] = []
         self.targets: dict[str, tuple[DmaTarget, DmaNeeds]] = {}
 
-    def register(self, name: str, target: DmaTarget, needs: DmaNeeds) -> DmaRegistration:
+    def register(self, target: DmaTarget, name: str, needs: DmaNeeds) -> DmaRegistration:
         self.targets[name] = (target, needs)
         for piece in self.pieces:
             self._tell(target, *piece)

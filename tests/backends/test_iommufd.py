@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.backends.fake_kernel import FakeDevice, FakeIommufd, Memory
+from tests.backends.fake_kernel import FakeDevice, FakeIommufd, Memory, Source
 from viommu.basic import BasicMemoryMapper
 from viommu.domain import IDENTITY, Domain, DomainKind
 from viommu.errors import Access, BackendError, InternalError
@@ -19,6 +19,7 @@ from viommu.memory.backing import FileBacking
 from viommu.memory.dma_target import DmaNeeds
 from viommu.testing.mapper_machine import MapperMachine
 from viommu_backends.iommufd import IommufdMapper
+from viommu_backends.iommufd_memory import IommufdMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,14 +37,21 @@ class World:
         self.kernel = FakeIommufd(files=files)
         self.memory = Memory()
         self.memory.add(0, 16 * MIB)
+        self.shared = IommufdMemory(cast("Iommufd", self.kernel), self.memory.register)
+
+    @property
+    def spaces(self) -> list[int]:
+        """The IOASes of domains."""
+        return [number for number in self.kernel.spaces if number != self.shared.ioas]
+
+    @property
+    def targets(self) -> list[DmaNeeds]:
+        """What the domains that follow guest memory need."""
+        return [needs for target, needs in self.memory.targets.values() if target != self.shared]
 
     def mapper(self, devices: int = 1) -> tuple[IommufdMapper, list[FakeDevice]]:
         fakes = [FakeDevice(self.kernel) for _ in range(devices)]
-        mapper = IommufdMapper(
-            cast("Iommufd", self.kernel),
-            [cast("VfioDevice", fake) for fake in fakes],
-            self.memory.register,
-        )
+        mapper = IommufdMapper(self.shared, [cast("VfioDevice", fake) for fake in fakes])
         return mapper, fakes
 
 
@@ -52,7 +60,7 @@ def world() -> World:
     return World()
 
 
-def entries(world: World, mapper: IommufdMapper) -> dict[int, tuple[int, object, Access]]:
+def entries(world: World, mapper: IommufdMapper) -> dict[int, tuple[int, Source, Access]]:
     assert mapper.ioas is not None
     return world.kernel.spaces[mapper.ioas].entries
 
@@ -79,7 +87,7 @@ def test_a_group_is_blocked_until_something_is_mapped(world: World) -> None:
     assert entries(world, mapper) == {0x5000: (0x2000, 0x7000_0010_0000, RW)}
     assert mapper.entries() == [ONE]
     assert mapper.add_map(ONE) is AddMapResult.OVERLAP_FAILURE
-    assert world.kernel.lazy == 0, "an IOAS without a device accepts anything"
+    assert world.kernel.lazy == {world.shared.ioas}, "an IOAS without a device accepts anything"
 
 
 def test_leaving_destroys_the_ioas_and_the_subscription(world: World) -> None:
@@ -89,10 +97,10 @@ def test_leaving_destroys_the_ioas_and_the_subscription(world: World) -> None:
     mapper.reset_domain()
 
     assert device.ioas is None
-    assert world.kernel.spaces == {}
-    assert world.memory.targets == {}
+    assert world.spaces == []
+    assert world.targets == []
     mapper.add_map(ONE)
-    assert len(world.kernel.spaces) == 1
+    assert len(world.spaces) == 1
 
 
 def test_joining_is_one_attach_and_maps_nothing(world: World) -> None:
@@ -104,13 +112,13 @@ def test_joining_is_one_attach_and_maps_nothing(world: World) -> None:
 
     assert device.attaches == 1
     assert first.id() == second.id()
-    assert len(world.kernel.spaces) == 1
+    assert len(world.spaces) == 1
     second.remove_map(0x5000, 0x2000)
     assert first.mappings() == []
     first.reset_domain()
-    assert second.ioas in world.kernel.spaces
+    assert second.ioas in world.spaces
     second.reset_domain()
-    assert world.kernel.spaces == {}
+    assert world.spaces == []
     assert first.id() != second.id()
 
 
@@ -143,7 +151,7 @@ def test_a_mapper_that_mapped_nothing_any_more_joins(world: World) -> None:
 
     assert second.mappings() == [ONE]
     assert device.detaches == 0
-    assert len(world.kernel.spaces) == 1
+    assert len(world.spaces) == 1
 
 
 @pytest.mark.parametrize("mates", [0, 1])
@@ -160,15 +168,15 @@ def test_a_switch_is_one_attach_and_no_detach(world: World, mates: int) -> None:
     assert (device.attaches - before, device.detaches) == (1, 0)
     assert entries(world, mapper) == {0x5000: (0x2000, 0x7000_0010_0000, RW)}
     assert (mapper.ioas == mate.ioas) is bool(mates)
-    assert len(world.kernel.spaces) == 2 - mates
-    assert len(world.memory.targets) == 2 - mates
+    assert len(world.spaces) == 2 - mates
+    assert len(world.targets) == 2 - mates
 
 
 def test_a_blocked_group_has_nothing_to_switch_from(world: World) -> None:
     mapper, _ = world.mapper()
 
     assert not mapper.switch([ONE], [])
-    assert world.kernel.spaces == {}
+    assert world.spaces == []
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -187,7 +195,7 @@ def test_a_switch_that_the_host_refuses_changes_nothing(
 
     assert {fake.ioas for fake in fakes} == {before}
     assert mapper.mappings() == [ONE]
-    assert len(world.kernel.spaces) == 2
+    assert len(world.spaces) == 2
 
 
 def test_a_switch_to_what_the_devices_can_not_reach_changes_nothing(world: World) -> None:
@@ -198,7 +206,7 @@ def test_a_switch_to_what_the_devices_can_not_reach_changes_nothing(world: World
 
     assert device.ioas == mapper.ioas
     assert mapper.mappings() == [ONE]
-    assert len(world.kernel.spaces) == 1
+    assert len(world.spaces) == 1
 
 
 def test_memory_that_can_not_be_mapped_ends_a_switch(
@@ -210,10 +218,10 @@ def test_memory_that_can_not_be_mapped_ends_a_switch(
     def refuse(*_: object) -> None:
         raise BackendError(errno.ENOMEM, "map")
 
-    monkeypatch.setattr(world.kernel, "map", refuse)
+    monkeypatch.setattr(world.kernel, "copy", refuse)
 
     assert not mapper.switch([ONE], [])
-    assert len(world.kernel.spaces) == 1
+    assert len(world.spaces) == 1
 
 
 def test_mappers_of_two_contexts_do_not_join(world: World) -> None:
@@ -231,7 +239,7 @@ def test_every_device_of_a_group_is_attached_or_none(world: World) -> None:
         mapper.add_map(ONE)
 
     assert [device.ioas for device in devices] == [None] * 3
-    assert world.kernel.spaces == {}
+    assert world.spaces == []
     devices[2].refuse = 0
     mapper.add_map(ONE)
     assert len({device.ioas for device in devices}) == 1
@@ -247,7 +255,7 @@ def test_a_join_that_is_refused_leaves_the_group_blocked(world: World) -> None:
         second.join(first)
     assert second.ioas is None
     first.reset_domain()
-    assert world.kernel.spaces == {}
+    assert world.spaces == []
 
 
 def test_a_first_map_that_is_refused_leaves_nothing(world: World) -> None:
@@ -257,7 +265,7 @@ def test_a_first_map_that_is_refused_leaves_nothing(world: World) -> None:
         mapper.add_map(MappingInfo(1 << 40, 0, 0x1000, RW))
 
     assert device.ioas is None
-    assert world.kernel.spaces == {}
+    assert world.spaces == []
 
 
 def test_a_later_map_that_is_refused_keeps_the_rest(world: World) -> None:
@@ -288,8 +296,7 @@ def test_a_file_is_mapped_as_a_file_where_the_kernel_can(files: bool, backing: F
 
     source = (backing.fileno(), 32 * MIB) if files else 0x7000_0200_0000
     assert entries(world, mapper) == {0: (0x1000, source, RW)}
-    ((_, needs),) = world.memory.targets.values()
-    assert needs is (DmaNeeds.NONE if files else DmaNeeds.HOST_VA)
+    assert world.targets == [DmaNeeds.NONE if files else DmaNeeds.HOST_VA]
 
 
 def test_bypass_is_the_identity_of_memory_as_it_is_now(world: World) -> None:

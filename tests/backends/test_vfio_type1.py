@@ -33,7 +33,7 @@ class World:
         self.mapper = Type1Mapper(cast("Type1Container", self.container))
         self.memory = Memory()
         self.memory.add(0, 16 * MIB)
-        self.registration = self.memory.register("type1", self.mapper, self.mapper.needs)
+        self.registration = self.memory.register(self.mapper, "type1", self.mapper.needs)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from viommu.errors import BackendError, UsageError
 from viommu_backends.iommufd_context import Iommufd
+from viommu_backends.iommufd_memory import IommufdMemory
 from viommu_backends.passthrough.endpoint import PassthroughEndpoint
 from viommu_backends.passthrough.groups import IommufdGroup, Type1Group
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "IOMMUFD", "TYPE1", "PassthroughDevices"]
 
+_log: Final = logging.getLogger(__name__)
+
 IOMMUFD: Final = "iommufd"
 TYPE1: Final = "type1"
 BACKENDS: Final = (IOMMUFD, TYPE1)
@@ -30,6 +34,7 @@ class PassthroughDevices:
 
     def __init__(self) -> None:
         self._context: Iommufd | None = None
+        self._memory: IommufdMemory | None = None
         self._groups: dict[int, tuple[Group, str, str]] = {}  # the group, its backend, and why
 
     def open(self, place: HostPlace, options: Mapping[str, Any]) -> PassthroughEndpoint:
@@ -52,6 +57,12 @@ class PassthroughDevices:
     def close(self) -> None:
         """Close the iommufd; every endpoint is closed before."""
         self._groups.clear()
+        if self._memory is not None:
+            try:
+                self._memory.close()
+            except BackendError as error:
+                _log.warning("%s; it ends with the iommufd", error)
+            self._memory = None
         if self._context is not None:
             self._context.close()
             self._context = None
@@ -72,7 +83,7 @@ class PassthroughDevices:
             return group, said
         backend, said = self._choose(host, wanted)
         if backend == IOMMUFD:
-            group = IommufdGroup(host, regions, self._iommufd())
+            group = IommufdGroup(host, self._iommufd_memory(regions))
         else:
             group = Type1Group(host, regions)
         self._groups[number] = group, backend, said
@@ -103,3 +114,8 @@ class PassthroughDevices:
         if self._context is None:
             self._context = Iommufd()
         return self._context
+
+    def _iommufd_memory(self, regions: RegionManager) -> IommufdMemory:
+        if self._memory is None:
+            self._memory = IommufdMemory(self._iommufd(), regions.register)
+        return self._memory

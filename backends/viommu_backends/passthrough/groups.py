@@ -18,10 +18,10 @@ from viommu_backends.vfio_type1 import Type1Mapper
 
 if TYPE_CHECKING:
     from viommu.domain import ReservedRegion
-    from viommu.memory.dma_target import DmaNeeds, DmaRegistration, DmaTarget
+    from viommu.memory.dma_target import DmaRegistration
     from viommu.memory.regions import RegionManager
     from viommu_backends.host_device import HostDevice
-    from viommu_backends.iommufd_context import Iommufd
+    from viommu_backends.iommufd_memory import IommufdMemory
 
 __all__ = ["Group", "IommufdGroup", "Type1Group"]
 
@@ -114,14 +114,11 @@ class Type1Group:
 
 
 class IommufdGroup:
-    """A group behind the iommufd ``context``, where address spaces can be shared."""
+    """A group behind the iommufd that has ``memory``, where address spaces can be shared."""
 
-    def __init__(self, host: HostDevice, regions: RegionManager, context: Iommufd) -> None:
-        def register(name: str, target: DmaTarget, needs: DmaNeeds) -> DmaRegistration:
-            return regions.register(target, name, needs)
-
-        self._context = context
-        self._inner = IommufdMapper(context, (), register)
+    def __init__(self, host: HostDevice, memory: IommufdMemory) -> None:
+        self._context = memory.context
+        self._inner = IommufdMapper(memory, ())
         self._number = host.group
         self.mapper = GroupMapper(self._inner)
         self.ranges: tuple[tuple[int, int], ...] = ()

@@ -12,6 +12,7 @@ from viommu.errors import BackendError
 from viommu.memory.backing import FileBacking
 from viommu.memory.dma_target import AddressRange
 from viommu.memory.regions import RegionManager
+from viommu_backends.iommufd_memory import IommufdMemory
 from viommu_backends.passthrough.groups import Group, IommufdGroup, Type1Group
 
 if TYPE_CHECKING:
@@ -46,21 +47,28 @@ class Rig:
         self._ram = ram
         self.backend = backend
         self._context = host.context()
+        context = cast("Iommufd", self._context)
+        self._memory = IommufdMemory(context, self.regions.register)
 
     def group(self) -> Group:
         if self.backend == "type1":
             return Type1Group(self.host.device(ONE), self.regions)
-        return IommufdGroup(self.host.device(ONE), self.regions, cast("Iommufd", self._context))
+        return IommufdGroup(self.host.device(ONE), self._memory)
 
     def entries(self) -> list[int]:
         """The IOVAs that the host's IOMMU holds, wherever."""
         tables = [
             *(container.entries for container in self.host.containers),
-            *(space.entries for space in self._context.spaces.values()),
+            *(
+                space.entries
+                for number, space in self._context.spaces.items()
+                if number != self._memory.ioas
+            ),
         ]
         return sorted(iova for table in tables for iova in table)
 
     def close(self) -> None:
+        self._memory.close()
         assert self._context.spaces == {}
         assert all(container.closed for container in self.host.containers)
         assert self.regions.snapshot()["targets"] == []
