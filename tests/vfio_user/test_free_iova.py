@@ -12,11 +12,7 @@ EVERYTHING = frozenset(range(0x10, 0x40)) | frozenset(range(0x50, 0x60))
 
 
 def free_bytes(free: FreeIova) -> frozenset[int]:
-    return frozenset(at for at in range(0x80) if not is_taken(free, at))
-
-
-def is_taken(free: FreeIova, at: int) -> bool:
-    return not any(start <= at < end for start, end in free._ends.items())
+    return frozenset(at for start, end in free for at in range(start, end))
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_addresses_say_nothing_of_where_this_process_has_the_file(
     other.file.close()
 
 
-@pytest.mark.parametrize("damage", ["address", "offset", "file"])
+@pytest.mark.parametrize("damage", ["address", "offset", "file", "free"])
 def test_the_check_notices_damage(house: House, damage: str) -> None:
     iova = house.map(PAGE)
     mapping = house.ioas._mappings[iova]
@@ -228,12 +228,15 @@ def test_the_check_notices_damage(house: House, damage: str) -> None:
         house.ioas._mappings[0] = mapping
     elif damage == "offset":
         house.ioas._mappings[iova] = mapping._replace(offset=7)
+    elif damage == "free":
+        house.ioas._free.give(iova, iova + PAGE)
     else:
         house.ioas._mappings[iova] = mapping._replace(file=Closed())  # type: ignore[arg-type] # as far as is looked at
 
     with pytest.raises(InternalError):
         house.ioas._check()
     house.ioas._mappings = {iova: mapping}
+    house.ioas._free.take(iova, iova + PAGE)
 
 
 class Closed:

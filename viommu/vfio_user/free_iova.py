@@ -9,7 +9,7 @@ from sortedcontainers import SortedDict, SortedList
 from viommu.errors import InternalError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["FreeIova"]
 
@@ -25,11 +25,15 @@ class FreeIova:
     """
 
     def __init__(self, apertures: Iterable[tuple[int, int]]) -> None:
-        self._apertures = tuple(apertures)
+        self.apertures = tuple(apertures)
         self._ends: SortedDict[int, int] = SortedDict()  # start -> end
         self._sizes: SortedList[tuple[int, int]] = SortedList()  # (size, start)
-        for start, end in self._apertures:
+        for start, end in self.apertures:
             self._add(start, end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield the parts as (start, end), lowest first."""
+        return iter(self._ends.items())
 
     def find(self, size: int) -> int | None:
         """Return where ``size`` bytes are free. Runtime complexity: `O(log(n))`."""
@@ -54,7 +58,7 @@ class FreeIova:
 
         Runtime complexity: `O(log(n))` for each aperture.
         """
-        for lowest, highest in self._apertures:
+        for lowest, highest in self.apertures:
             low, high = max(start, lowest), min(end, highest)
             if low >= high:
                 continue
@@ -89,6 +93,6 @@ class FreeIova:
         for start, end in self._ends.items():
             if not before < start < end:
                 raise InternalError(f"[{start:#x}, {end:#x}) is empty or meets what ends there")
-            if not any(low <= start and end <= high for low, high in self._apertures):
-                raise InternalError(f"[{start:#x}, {end:#x}) is in none of {self._apertures}")
+            if not any(low <= start and end <= high for low, high in self.apertures):
+                raise InternalError(f"[{start:#x}, {end:#x}) is in none of {self.apertures}")
             before = end

@@ -150,6 +150,12 @@ class Ioas:
                 raise InternalError(f"IOAS {self.id}: {mapping} is filed as {info}")
             if not mapping.file.uses:
                 raise InternalError(f"IOAS {self.id}: {mapping} has lost its file")
+        # What is free are the pages that no mapping touches: no more, and no less.
+        free = FreeIova(self._free.apertures)
+        for info in self._space:
+            free.take(*_pages(info.iova, info.size))
+        if list(free) != list(self._free):
+            raise InternalError(f"IOAS {self.id}: {list(self._free)} are free, not {list(free)}")
 
 
 def _pages(start: int, size: int) -> tuple[int, int]:

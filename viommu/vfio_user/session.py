@@ -19,7 +19,10 @@ from viommu.memory import MessageMemory
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
+from viommu.spec.vfio_user_iommufd import IommufdCommand
 from viommu.vfio_user.connection import close_fds
+from viommu.vfio_user.ioas_commands import IoasCommands
+from viommu.vfio_user.ioas_table import IoasTable
 from viommu.vfio_user.irqs import IrqLines
 from viommu.vfio_user.protocol import (
     Capabilities,
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
     import struct
     from collections.abc import Callable
 
-    from viommu.memory import MappedFiles
+    from viommu.memory import GuestMemory, MappedFiles
+    from viommu.vfio_user.ioas_table import IoasLimits
     from viommu.vfio_user.message_port import MessagePort
     from viommu.vfio_user.served import IrqInfo, RegionInfo, ServedDevice
 
@@ -80,6 +84,8 @@ class ServerLimits:
     messages_per_turn: int = 64
     #: How many refused messages of one client are logged.
     logged_refusals: int = 16
+    #: What a client may make of the iommufd commands; without, it is not offered them.
+    iommufd: IoasLimits | None = None
 
 
 @dataclass(slots=True)
@@ -168,6 +174,7 @@ class Session:
         self._reading: tuple[int, int, int] | None = None  # id, address, size
         self._open_posted = 0
         self._asked: MessageMemory | None = None  # some of which the client is asked for
+        self._ioas: IoasCommands | None = None  # negotiated, then
         self._handlers: dict[int, Callable[[Message], Result | Later[Any]]] = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -273,6 +280,8 @@ class Session:
             if self._asked is not None:
                 self._asked.port = None
             self._memory.close()
+            if self._ioas is not None:
+                self._ioas.table.close()
             self._lines.close()
 
     def _attempt(self, command: int, act: Callable[[], T]) -> T | int:
@@ -348,13 +357,24 @@ class Session:
     def _version(self, message: Message) -> Result:
         if message.command != Command.VERSION:
             raise _invalid(f"command {message.command} came before the version")
-        ours = Capabilities(self._limits.max_msg_fds, self._limits.max_data_transfer)
+        limits = self._limits
+        extended = limits.iommufd is not None
+        ours = Capabilities(
+            limits.max_msg_fds, limits.max_data_transfer, iommufd=extended, fixed_iova=extended
+        )
         self.capabilities, payload = negotiate(message.payload, ours)
         device = self._device
         self._regions = [device.region_info(i) for i in range(device.num_regions)]
         self._irqs = [device.irq_info(i) for i in range(device.num_irqs)]
         self._lines = IrqLines([info.count for info in self._irqs])
-        self._probe = SharingProbe(self._memory, enabled=self.capabilities.serves_dma)
+        theirs = self.capabilities
+        # Who has the iommufd commands knows what to share; IOVAs of ours mean nothing there.
+        self._probe = SharingProbe(self._memory, enabled=theirs.serves_dma and not theirs.iommufd)
+        if limits.iommufd is not None and theirs.iommufd:
+            table = IoasTable(self._memory, limits.iommufd)
+            self._ioas = IoasCommands(table, self._files, fixed_iova=theirs.fixed_iova)
+            handler = partial(self._iommufd, self._ioas)
+            self._handlers |= dict.fromkeys(IommufdCommand, handler)
         self._open_port()
         device.connect(self._lines)
         self.ready = True
@@ -389,7 +409,7 @@ class Session:
         if message.fds:
             file = self._files.get(message.fds[0], offset, size, writable=writable)
         try:
-            self._memory.map(
+            self._told_memory.map(
                 gpa, size, readable=readable, writable=writable, file=file, offset=offset
             )
         except ViommuError:
@@ -409,12 +429,20 @@ class Session:
         if flags:
             if gpa or size:
                 raise _invalid(f"everything, but also [{gpa:#x}, {gpa + size:#x})")
-            released = self._memory.unmap_all()
+            released = self._told_memory.unmap_all()
         else:
-            released = self._memory.unmap(gpa, size)
+            released = self._told_memory.unmap(gpa, size)
         self._counters.dma_unmaps += 1
         echo = message.payload[: spec.DMA_UNMAP.size]
         return after(released, lambda _: Result(echo))
+
+    @property
+    def _told_memory(self) -> GuestMemory:
+        """Where DMA_MAP goes: what the device sees, unless it is attached to an IOAS."""
+        return self._memory if self._ioas is None else self._ioas.table.legacy
+
+    def _iommufd(self, commands: IoasCommands, message: Message) -> Result | Later[Any]:
+        return after(commands.handle(message), lambda payload: Result(payload or b""))
 
     def _get_info(self, message: Message) -> Result:
         argsz, *_ = _unpack(message, spec.DEVICE_INFO)
