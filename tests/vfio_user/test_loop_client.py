@@ -60,6 +60,19 @@ def test_one_who_serves_memory_says_what_qemu_says(make_device: Callable[..., Ra
     assert decode_version(device.hello.payload)[1].serves_dma
 
 
+def test_more_can_be_transferred_where_both_say_so(make_device: Callable[..., RawDevice]) -> None:
+    size = 2 << 20
+    device = make_device(offers=Capabilities(16, size), agreed=False)
+    device.agree(Capabilities(8, 4 << 20))
+    deferred = device.client.submit(requests.region_read(0, 0, size))
+    message = device.next()
+    data = reply_to(message, message.payload + bytes(size))
+    while data:
+        data = data[device.socket.send(data) :]
+        device.turn(1)
+    assert deferred.result() == bytes(size)
+
+
 def test_offers_can_be_chosen(make_device: Callable[..., RawDevice]) -> None:
     offers = Capabilities(3, max_data_xfer_size=PAGE)
     device = make_device(offers=offers)
@@ -207,6 +220,11 @@ def test_posted_requests_are_not_waited_for(device: RawDevice) -> None:
     assert message.no_reply
     assert message.payload == spec.REGION_ACCESS.pack(0x80, 0, 4) + b"1234"
     assert device.client.outstanding == 0
+
+
+def test_files_are_not_posted(device: RawDevice, memfd: Callable[..., int]) -> None:
+    refusal = device.client.post(requests.dma_map(0, PAGE, fd=memfd()))
+    assert isinstance(refusal, UsageError)
 
 
 def test_more_than_the_device_takes_is_not_sent(device: RawDevice) -> None:
@@ -411,17 +429,18 @@ def test_closing_before_the_version(
 ) -> None:
     device = make_device(agreed=False)
     waiting = device.client.submit(requests.dma_map(0, PAGE, fd=memfd()))
-    device.client.post(requests.dma_map(0, PAGE, fd=memfd()))
+    device.client.post(requests.reset())
     device.client.close()
     assert refusal(waiting) == errno.ENOTCONN
     assert refusal(device.client.negotiated) == errno.ENOTCONN
 
 
 def test_closing_with_something_to_send(device: RawDevice, memfd: Callable[..., int]) -> None:
-    fd = memfd()
     while not device.has_backlog():
-        device.client.submit(requests.dma_map(0, PAGE, fd=fd))
+        device.client.post(requests.region_write(0, 0, bytes(1 << 12)))
+    deferred = device.client.submit(requests.dma_map(0, PAGE, fd=memfd()))
     device.client.close()
+    assert refusal(deferred) == errno.ENOTCONN
     device.turn()
 
 

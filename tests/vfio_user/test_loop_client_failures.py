@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vfio_user.conftest import PAGE, Clock, open_fds
+from tests.vfio_user.conftest import PAGE, Clock
 from tests.vfio_user.raw_device import RawDevice, ended, refusal, region, reply_to
 from viommu.errors import PeerError
 from viommu.spec import vfio_user as spec
@@ -20,7 +21,6 @@ from viommu.vfio_user.connection import close_fds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from viommu.deferred import Deferred
 
 INFO = spec.DEVICE_INFO.pack(16, 3, 9, 5)
 
@@ -68,6 +68,15 @@ def test_no_time_passes_when_nothing_is_asked(device: RawDevice, clock: Clock) -
     assert not device.client.closed
 
 
+def test_one_may_wait_for_ever(device: RawDevice, clock: Clock) -> None:
+    deferred = device.client.submit(requests.reset(), timeout=math.inf)
+    message = device.next()
+    clock.now = 1e9
+    device.turn()
+    device.send(reply_to(message))
+    assert deferred.done
+
+
 def test_all_are_refused_when_one_is_late(device: RawDevice, clock: Clock) -> None:
     deferreds = [device.client.submit(requests.reset(), timeout=n) for n in (9, 3, 6)]
     clock.now = 3
@@ -93,7 +102,7 @@ def test_what_waits_before_the_version_is_limited_as_well(
     make_device: Callable[..., RawDevice], memfd: Callable[..., int]
 ) -> None:
     fd = memfd()
-    limits = ClientLimits(max_outstanding=5, max_queued_fds=1, max_queued_bytes=100)
+    limits = ClientLimits(max_outstanding=5, max_fds=1, max_queued_bytes=100)
     device = make_device(agreed=False, limits=limits)
     client = device.client
     assert not client.submit(requests.dma_map(0, PAGE, fd=fd)).done
@@ -105,28 +114,41 @@ def test_what_waits_before_the_version_is_limited_as_well(
     assert refusal(client.submit(requests.reset())) == errno.ENOBUFS
 
 
-def test_a_deaf_device_makes_us_hold_so_much(
+def test_files_under_way_are_limited(
     make_device: Callable[..., RawDevice], memfd: Callable[..., int]
 ) -> None:
-    device = make_device(limits=ClientLimits(max_queued_fds=4))
+    device = make_device(limits=ClientLimits(max_fds=4))
     fd = os.dup(memfd())
-    before = open_fds()
-    waiting: list[Deferred[None]] = []
-    while True:
-        deferred = device.client.submit(requests.dma_map(0, PAGE, fd=fd))
-        if deferred.done:
-            break
-        waiting.append(deferred)
-    assert refusal(deferred) == errno.ENOBUFS
-    assert open_fds() == before + 4
-    os.close(fd)  # what waits has its own
-    for _ in waiting:
-        message = device.next()
-        assert len(message.fds) == 1
-        close_fds(message.fds)
-        device.send(reply_to(message))
-    assert all(deferred.done for deferred in waiting)
-    assert open_fds() == before - 1
+    submit = device.client.submit
+    waiting = [submit(requests.dma_map(0, PAGE, fd=fd)) for _ in range(4)]
+    assert refusal(submit(requests.dma_map(0, PAGE, fd=fd))) == errno.ENOBUFS
+    assert not submit(requests.dma_map(0, PAGE)).done
+    message = device.next()
+    close_fds(message.fds)
+    device.send(reply_to(message))  # it has been received
+    assert waiting[0].done
+    assert not submit(requests.dma_map(0, PAGE, fd=fd)).done
+    os.close(fd)
+    while (left := device.look()) is not None:
+        close_fds(left.fds)
+
+
+def test_files_wait_with_what_waits(
+    make_device: Callable[..., RawDevice], memfd: Callable[..., int]
+) -> None:
+    device = make_device()
+    while not device.has_backlog():
+        device.client.post(requests.region_write(0, 0, bytes(1 << 12)))
+    fd = os.dup(memfd())
+    inode = os.fstat(fd).st_ino
+    deferred = device.client.submit(requests.dma_map(0, PAGE, fd=fd))
+    os.close(fd)
+    while (message := device.next()).command != Command.DMA_MAP:
+        assert message.fds == []
+    assert [os.fstat(one).st_ino for one in message.fds] == [inode]
+    close_fds(message.fds)
+    device.send(reply_to(message))
+    assert deferred.done
 
 
 def test_bytes_that_wait_are_limited(make_device: Callable[..., RawDevice]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from viommu.deferred import Deferred
-from viommu.errors import PeerError
+from viommu.errors import PeerError, UsageError
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import requests
@@ -23,7 +23,7 @@ INFO = spec.DEVICE_INFO.pack(16, 3, 9, 5)
 
 @pytest.fixture
 def outstanding() -> Outstanding:
-    return Outstanding(limit=3)
+    return Outstanding()
 
 
 def info(outstanding: Outstanding, deadline: float = 1.0) -> tuple[int, Deferred[DeviceInfo]]:
@@ -55,13 +55,26 @@ def test_replies_come_in_any_order(outstanding: Outstanding) -> None:
     assert len(outstanding) == 0
 
 
-def test_there_is_a_limit(outstanding: Outstanding) -> None:
-    for _ in range(3):
-        assert not outstanding.full
-        ident, _ = info(outstanding)
-    assert outstanding.full
-    outstanding.take(reply(ident))()
-    assert not outstanding.full
+def test_files_under_way_are_counted(outstanding: Outstanding) -> None:
+    idents = [
+        outstanding.add(requests.set_irqs(2, 0x24, 0, n, fds=[0] * n), Deferred(), 1.0)
+        for n in range(3)
+    ]
+    assert outstanding.fds == 3
+    message = reply(idents[1], b"", command=Command.DEVICE_SET_IRQS)
+    outstanding.take(message)
+    assert outstanding.fds == 2
+    outstanding.refuse_all(errno.ECONNRESET, "it has gone")
+    assert outstanding.fds == 0
+
+
+def test_there_are_only_so_many_ids(outstanding: Outstanding) -> None:
+    idents = {info(outstanding)[0] for _ in range(1 << 16)}
+    assert len(idents) == 1 << 16
+    with pytest.raises(UsageError, match="65536"):
+        outstanding.fresh_id()
+    outstanding.take(reply(77))()
+    assert info(outstanding)[0] == 77
 
 
 def test_an_id_that_is_waited_for_is_not_given_again(outstanding: Outstanding) -> None:

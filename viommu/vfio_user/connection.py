@@ -105,8 +105,8 @@ class Connection:
         self._sock = sock
         self._reader = MessageReader(max_message)
         self._queue: deque[tuple[memoryview, list[int]]] = deque()
-        #: How many bytes, and how many file descriptors, wait until the peer reads.
-        self.queued_bytes = self.queued_fds = 0
+        #: How many bytes wait until the peer reads.
+        self.queued_bytes = 0
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed."""
@@ -166,7 +166,6 @@ class Connection:
             except OSError as error:
                 raise EOFError(f"file descriptors can't wait to be sent: {error}") from error
             self.queued_bytes += len(rest)
-            self.queued_fds += len(fds)
 
     def flush(self) -> None:
         """Send what is queued, as far as it fits.
@@ -180,7 +179,6 @@ class Connection:
             if not sent:
                 return
             self.queued_bytes -= sent
-            self.queued_fds -= len(fds)
             close_fds(fds)
             if sent < len(data):
                 self._queue[0] = (data[sent:], [])
@@ -193,7 +191,7 @@ class Connection:
         for _, fds in self._queue:
             close_fds(fds)
         self._queue.clear()
-        self.queued_bytes = self.queued_fds = 0
+        self.queued_bytes = 0
         self._sock.close()
 
     def _polled(self, event: int) -> bool:

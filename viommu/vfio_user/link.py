@@ -6,7 +6,6 @@ import errno
 from typing import TYPE_CHECKING
 
 from viommu.errors import PeerError
-from viommu.spec import vfio_user as spec
 from viommu.vfio_user.connection import Connection, close_fds
 from viommu.vfio_user.protocol import MessageSizeError
 
@@ -28,6 +27,8 @@ class Link:
     loop, that the peer has gone (ECONNRESET) or sends what are no messages (EPROTO);
     the socket is closed by then.
 
+    No message is larger than ``max_message``.
+
     A peer is read from even when it doesn't read: it may be busy with sending to us.
     Only when more than ``max_queued`` bytes wait for it, it must read first.
     """
@@ -39,11 +40,12 @@ class Link:
         *,
         take: Callable[[Message], bool],
         lost: Callable[[PeerError], None],
+        max_message: int,
         max_queued: int,
         messages_per_turn: int,
     ) -> None:
         self._loop = loop
-        self._connection = Connection(sock, spec.MAX_MESSAGE)
+        self._connection = Connection(sock, max_message)
         self._take = take
         self._lost = lost
         self._max_queued = max_queued
@@ -60,11 +62,6 @@ class Link:
     def queued_bytes(self) -> int:
         """Return how many bytes wait for the peer."""
         return self._connection.queued_bytes
-
-    @property
-    def queued_fds(self) -> int:
-        """Return how many file descriptors wait for the peer."""
-        return self._connection.queued_fds
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed."""

@@ -37,7 +37,7 @@ _R = TypeVar("_R", bound="_Measured")
 
 _MAX_DMA_MAPS: Final = 65535
 _PAGE: Final = 4096
-_NO_TIMEOUT: Final = float("inf")
+_FOR_EVER: Final = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,11 @@ class ClientLimits:
 
     #: How many requests wait for their reply.
     max_outstanding: int = 16384
-    #: How many bytes and file descriptors of requests wait to be read.
+    #: How many file descriptors go with these: the kernel counts those that were not
+    #: received against all processes of a user, and refuses more than one may open.
+    max_fds: int = 128
+    #: How many bytes of requests wait to be read.
     max_queued_bytes: int = 4 << 20
-    max_queued_fds: int = 256
     #: How many messages are handled before other sockets get their turn.
     messages_per_turn: int = 64
 
@@ -70,7 +72,7 @@ def dial(path: Path) -> socket.socket:
     return sock
 
 
-def wait(loop: Loop, deferred: Deferred[T], timeout: float = _NO_TIMEOUT) -> T:
+def wait(loop: Loop, deferred: Deferred[T], timeout: float = _FOR_EVER) -> T:
     """Turn ``loop`` until ``deferred`` is done, and return its value.
 
     For code that runs before the loop does, never for a callback of the loop.
@@ -84,7 +86,7 @@ def wait(loop: Loop, deferred: Deferred[T], timeout: float = _NO_TIMEOUT) -> T:
         left = deadline - loop.clock()
         if left <= 0:
             raise PeerError(errno.ETIMEDOUT, f"no answer within {timeout} s")
-        loop.turn(None if left == _NO_TIMEOUT else left)
+        loop.turn(None if left == _FOR_EVER else left)
     return deferred.result()
 
 
@@ -114,10 +116,11 @@ class LoopClient:
     order. The device may ask for ``memory`` at any moment; without, that is refused.
 
     An error reply refuses one request with its errno, and the connection goes on. A
-    device that doesn't answer within ``timeout`` seconds (ETIMEDOUT), that goes away
-    (ECONNRESET) or that answers nonsense (EPROTO) ends it: every request is refused
-    with that, then ``on_closed`` is called, once, from the loop. From then on requests
-    are refused with ENOTCONN. :meth:`close` ends it too, but doesn't call ``on_closed``.
+    device that doesn't answer within ``timeout`` seconds (ETIMEDOUT; ``math.inf`` waits
+    for ever), that goes away (ECONNRESET) or that answers nonsense (EPROTO) ends it:
+    every request is refused with that, then ``on_closed`` is called, once, from the
+    loop. From then on requests are refused with ENOTCONN. :meth:`close` ends it too,
+    but doesn't call ``on_closed``.
 
     No method raises for what the device does, and none waits for it.
     """
@@ -147,10 +150,12 @@ class LoopClient:
         offers = offers or _default_offers(serves=memory is not None)
         #: What the device has asked of our memory, counted.
         self.dma = DmaService(memory, offers.max_data_xfer_size)
+        data = max(spec.MAX_DATA_TRANSFER, offers.max_data_xfer_size)
+        self._max_message = spec.MAX_MESSAGE - spec.MAX_DATA_TRANSFER + data
         self._link = self._connect(sock, self._take)
         #: The second socket, on which the device asks, when it wants one.
         self._twin: Link | None = None
-        self._outstanding = Outstanding(self._limits.max_outstanding)
+        self._outstanding = Outstanding()
         self._early: deque[_Early] = deque()
         self._early_bytes = self._early_fds = 0
         self._timer: Timer | None = None
@@ -182,7 +187,7 @@ class LoopClient:
         """Send a request; it is done when its reply has come.
 
         Its file descriptors may be closed as soon as this returns. It may be refused
-        at once: ENOTCONN (closed), ENOBUFS (as much as the limits allow waits
+        at once: ENOTCONN (closed), ENOBUFS (as much as the limits allow is under way
         already; there is room again when something is answered), EMFILE (no file
         descriptor left here), or a UsageError (more than the device takes).
         """
@@ -196,7 +201,10 @@ class LoopClient:
         """Send a request that is not answered, not even when it fails.
 
         Returns why it was not sent at all, as :meth:`submit` refuses; ``None``: it was.
+        File descriptors can't be posted: nothing says when they have been received.
         """
+        if request.fds:
+            return UsageError(f"{len(request.fds)} file descriptors can't be posted")
         return self._enqueue(request, None, 0)
 
     def region_info(self, index: int) -> Deferred[RegionInfo]:
@@ -236,7 +244,7 @@ class LoopClient:
             return refusal
         if self._is_full(request):
             waiting = f"{self.outstanding} requests and {self._queued_bytes} bytes"
-            return PeerError(errno.ENOBUFS, f"{waiting} wait for the device already")
+            return PeerError(errno.ENOBUFS, f"{waiting} are under way already")
         if not self._agreed:
             return self._keep(request, deferred, timeout)
         return self._send(request, deferred, timeout)
@@ -245,11 +253,11 @@ class LoopClient:
         return PeerError(errno.ENOTCONN, "the connection is closed") if self.closed else None
 
     def _is_full(self, request: Request[Any]) -> bool:
-        limits, fds = self._limits, self._link.queued_fds + self._early_fds
+        limits, fds = self._limits, self._outstanding.fds + self._early_fds
         return (
             self.outstanding >= limits.max_outstanding
             or self._queued_bytes + len(request.payload) > limits.max_queued_bytes
-            or fds + len(request.fds) > limits.max_queued_fds
+            or fds + len(request.fds) > limits.max_fds
         )
 
     @property
@@ -317,8 +325,9 @@ class LoopClient:
             sock,
             take=take,
             lost=self._fail,
+            max_message=self._max_message,
             # More than requests can make of it are answers that the device has asked for.
-            max_queued=limits.max_queued_bytes + spec.MAX_MESSAGE,
+            max_queued=limits.max_queued_bytes + self._max_message,
             messages_per_turn=limits.messages_per_turn,
         )
 
@@ -377,6 +386,8 @@ class LoopClient:
 
     def _watch(self, deadline: float) -> None:
         """Be called at ``deadline``, or before."""
+        if deadline == _FOR_EVER:
+            return
         if self._timer is not None:
             if self._timer.when <= deadline:
                 return

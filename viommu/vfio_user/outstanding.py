@@ -6,7 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from viommu.errors import PeerError
+from viommu.errors import PeerError, UsageError
 from viommu.spec import vfio_user as spec
 
 if TYPE_CHECKING:
@@ -29,32 +29,36 @@ class _Call(NamedTuple):
 
 
 class Outstanding:
-    """At most ``limit`` requests; each is done when its reply is taken, or all are refused."""
+    """Requests under way: each is done when its reply is taken, or all are refused."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
+        #: How many file descriptors went with them.
+        self.fds = 0
         self._calls: dict[int, _Call] = {}
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    @property
-    def full(self) -> bool:
-        """Return whether no further request is taken."""
-        return len(self._calls) >= self._limit
-
     def add(self, request: Request[Any], deferred: Deferred[Any], deadline: float) -> int:
         """Expect a reply until ``deadline``; return the id of the message to send.
 
-        There must be room.
+        Raises:
+            UsageError: There are as many as there are ids.
         """
         ident = self.fresh_id()
         self._calls[ident] = _Call(request, deferred, deadline)
+        self.fds += len(request.fds)
         return ident
 
     def fresh_id(self) -> int:
-        """Return an id that no request waits for."""
+        """Return an id that no request waits for.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if len(self._calls) == _IDS:
+            raise UsageError(f"{_IDS} requests are under way")
         while self._next in self._calls:
             self._next = (self._next + 1) % _IDS
         ident = self._next
@@ -99,16 +103,19 @@ class Outstanding:
                 value = request.decode(message)
             except PeerError as nonsense:
                 raise _nonsense(f"{what}: {nonsense}") from nonsense
-            del self._calls[message.id]
+            self._remove(message.id)
             return lambda: deferred.resolve(value)
-        del self._calls[message.id]
+        self._remove(message.id)
         return lambda: deferred.refuse(error)
 
     def refuse_all(self, number: int, why: str) -> None:
         """Refuse every request, oldest first."""
-        calls, self._calls = self._calls, {}
+        calls, self._calls, self.fds = self._calls, {}, 0
         for call in calls.values():
             call.deferred.refuse(PeerError(number, why))
+
+    def _remove(self, ident: int) -> None:
+        self.fds -= len(self._calls.pop(ident).request.fds)
 
 
 def _nonsense(why: str) -> PeerError:
