@@ -119,8 +119,8 @@ class LoopClient:
     device that doesn't answer within ``timeout`` seconds (ETIMEDOUT; ``math.inf`` waits
     for ever), that goes away (ECONNRESET) or that answers nonsense (EPROTO) ends it:
     every request is refused with that, then ``on_closed`` is called, once, from the
-    loop. From then on requests are refused with ENOTCONN. :meth:`close` ends it too,
-    but doesn't call ``on_closed``.
+    loop. So does one that refuses to negotiate, with its errno. From then on requests
+    are refused with ENOTCONN. :meth:`close` ends it too, but doesn't call ``on_closed``.
 
     No method raises for what the device does, and none waits for it.
     """
