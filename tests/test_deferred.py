@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from viommu.deferred import Deferred
+from viommu.deferred import Deferred, all_done
 from viommu.errors import UsageError
 
 
@@ -50,3 +50,18 @@ def test_there_is_only_one_result() -> None:
     with pytest.raises(UsageError, match="already"):
         deferred.refuse(UsageError("too late"))
     assert deferred.result() == 1
+
+
+def test_several_are_done_when_each_is() -> None:
+    first, second, third = Deferred[int](), Deferred[int](), Deferred[int]()
+    second.resolve(2)
+    seen: list[bool] = []
+    all_done([first, second, third]).then(lambda together: seen.append(together.done))
+    third.refuse(UsageError("refused"))
+    assert seen == []
+    first.resolve(1)
+    assert seen == [True]
+
+
+def test_none_at_all_are_done() -> None:
+    assert all_done([]).done

@@ -7,16 +7,16 @@ calls :meth:`~Deferred.resolve` or :meth:`~Deferred.refuse`, once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from viommu.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from viommu.errors import ViommuError
 
-__all__ = ["Deferred"]
+__all__ = ["Deferred", "all_done"]
 
 T = TypeVar("T")
 
@@ -82,3 +82,21 @@ class Deferred(Generic[T]):
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(self)
+
+
+def all_done(deferreds: Sequence[Deferred[Any]]) -> Deferred[None]:
+    """Return what is done when each of ``deferreds`` has a value or an error."""
+    together: Deferred[None] = Deferred()
+    left = len(deferreds)
+
+    def one_is_done(_: Deferred[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            together.resolve(None)
+
+    for deferred in deferreds:
+        deferred.then(one_is_done)
+    if not deferreds:
+        together.resolve(None)
+    return together
