@@ -82,6 +82,16 @@ def test_where_msix_is() -> None:
     assert ConfigLayout(config_space((0xFC, pci.CAP_ID_MSIX, b""))).msix == ()
 
 
+def test_layouts_are_compared_by_what_they_say() -> None:
+    one, same = (ConfigLayout(config_space((0x40, pci.CAP_ID_EXPRESS, EXPRESS))) for _ in range(2))
+
+    assert one == same
+    assert one != ConfigLayout(config_space((0x50, pci.CAP_ID_EXPRESS, EXPRESS)))
+    assert one != ConfigLayout(config_space((0x40, pci.CAP_ID_EXPRESS, bytes(6))))
+    assert one != EXPRESS
+    assert repr(one) == "[0x10 at 0x40]"
+
+
 @given(st.binary(min_size=256, max_size=256))
 def test_no_configuration_space_is_too_wrong(config: bytes) -> None:
     layout = ConfigLayout(config)

@@ -31,6 +31,8 @@ class MsixPlace(NamedTuple):
 class ConfigLayout:
     """Reads what never changes in ``config``, at least the first 256 bytes.
 
+    Layouts that say the same are equal.
+
     Attributes:
         capabilities: Id and offset of each, in the order of the chain.
         reset_bits: Where a function level reset is asked for: the bit, by the offset
@@ -42,6 +44,15 @@ class ConfigLayout:
         self.capabilities = tuple(_capabilities(config))
         self.reset_bits = dict(self._find_reset_bits(config))
         self.msix = self._find_msix(config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConfigLayout) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{cap_id:#x} at {at:#x}" for cap_id, at in self.capabilities)
+        return f"[{found}]"
+
+    __hash__ = None  # type: ignore[assignment] # compared, never looked up
 
     def find(self, cap_id: int) -> int | None:
         """Return the offset of the first capability of a kind."""
