@@ -11,7 +11,7 @@ import pytest
 from tests.vfio_user.conftest import open_fds
 from viommu.errors import BackendError, PeerError
 from viommu.spec import vfio
-from viommu.vfio_user.irqs import IrqLines
+from viommu.vfio_user.irqs import IrqLines, IrqSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -334,3 +334,25 @@ def test_eventfds_by_vector(lines: IrqLines, eventfd: Callable[..., int]) -> Non
 
     assert [known >= 0 for known in lines.fds(MSIX)] == [False, True, False, True]
     assert lines.fds(REQ) == []
+
+
+def test_who_masks_itself_is_told_how(lines: IrqLines, eventfd: Callable[..., int]) -> None:
+    told: list[tuple[int, int, int, int, int]] = []
+
+    def observe(request: IrqSet, fds: Sequence[int]) -> None:
+        told.append((request.action, request.index, request.start, request.count, len(fds)))
+
+    lines.on_masking(observe)
+    resample = os.dup(eventfd())
+    fds = [resample]
+
+    lines.set_irqs(irq_set(NONE | MASK, INTX, 0, 1), [])
+    lines.set_irqs(irq_set(BOOL | UNMASK, MSIX, 3, 2, b"\0\1"), [])
+    lines.set_irqs(irq_set(EVENTFD | UNMASK, INTX, 0, 1), fds)
+    lines.set_irqs(irq_set(NONE | TRIGGER, INTX, 0, 1), [])
+    lines.on_masking(None)
+    lines.set_irqs(irq_set(NONE | MASK, INTX, 0, 1), [])
+
+    assert told == [(MASK, INTX, 0, 1, 0), (UNMASK, MSIX, 3, 2, 0), (UNMASK, INTX, 0, 1, 1)]
+    assert fds == [resample], "it stays the caller's"
+    os.close(resample)

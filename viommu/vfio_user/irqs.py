@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Observer = Callable[[int, int, Sequence[int]], None]
+    MaskObserver = Callable[["IrqSet", Sequence[int]], None]
 
 __all__ = ["IrqLines", "IrqSet"]
 
@@ -86,6 +87,7 @@ class IrqLines:
         self._masked: set[tuple[int, int]] = set()
         self._pending: set[tuple[int, int]] = set()
         self._observer: Observer | None = None
+        self._mask_observer: MaskObserver | None = None
 
     def on_change(self, observer: Observer | None) -> None:
         """Have ``observer`` told of eventfds before they are kept; ``None`` tells nobody.
@@ -96,6 +98,13 @@ class IrqLines:
         raises refuses the change, unless eventfds are dropped: then it must not raise.
         """
         self._observer = observer
+
+    def on_masking(self, observer: MaskObserver | None) -> None:
+        """Have ``observer`` told what masks or unmasks, for a device that does it itself.
+
+        It gets the request and its eventfds, valid during the call, and must not raise.
+        """
+        self._mask_observer = observer
 
     def trigger(self, index: int, vector: int) -> bool:
         """Raise an interrupt; return whether an eventfd was signalled.
@@ -148,6 +157,8 @@ class IrqLines:
             if not _is_eventfd(fd):
                 raise _invalid(f"file descriptor {fd} is not an eventfd")
         trigger = request.action == vfio.IRQ_SET_ACTION_TRIGGER
+        if not trigger and self._mask_observer is not None:
+            self._mask_observer(request, fds)
         if request.data == vfio.IRQ_SET_DATA_EVENTFD:
             if trigger:
                 self._assign(request, fds)
