@@ -1,0 +1,66 @@
+"""Who is told of a device in another process, and what may answer when it has died."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from viommu.errors import PeerError
+    from viommu.vfio_user import IrqLines
+    from viommu.vfio_user.loop_client import LoopClient
+
+__all__ = ["Afterlife", "LinkWatcher"]
+
+
+class LinkWatcher(Protocol):
+    """The mapper's side of a connection: it holds the device's address space."""
+
+    def connected(self, client: LoopClient) -> None:
+        """Give the device its mappings: it is there, again, and has none.
+
+        Called before anything is sent that lets it work. Who can't go on with the
+        device, now or later, closes ``client``.
+        """
+
+    def lost(self, why: PeerError) -> None:
+        """Forget the device: it holds nothing any more, and answers nothing."""
+
+    def bus_master(self, *, enabled: bool) -> None:
+        """Follow COMMAND.BUS_MASTER as the guest wrote it; it is off after a reset."""
+
+
+class Afterlife(Protocol):
+    """Knows a kind of device, follows its driver, and stands in when the device has died.
+
+    It must not raise for what a guest does.
+    """
+
+    def follow(self, config: bytes) -> None:
+        """Get to know the device by its configuration space, whenever it is connected."""
+
+    def wrote(self, region: int, offset: int, data: bytes) -> bool:
+        """Follow a write to a BAR, dead or alive; return whether it resets the device."""
+
+    def answered(self, region: int, offset: int, data: bytes) -> None:
+        """Follow what the device answered to a read of a BAR."""
+
+    def read(self, region: int, offset: int, count: int) -> bytes | None:
+        """Answer a read in place of the dead device; ``None`` for all ones."""
+
+    def bus_master(self, *, enabled: bool) -> None:
+        """Follow COMMAND.BUS_MASTER."""
+
+    def died(self, lines: IrqLines | None) -> None:
+        """Stand in from now on; ``lines`` are the client's interrupts, if there is one."""
+
+    def reset(self) -> None:
+        """Forget the driver: the function was reset, dead or alive."""
+
+    def stayed_dead(self) -> None:
+        """The device was reset, and did not come back."""
+
+    def revived(self) -> None:
+        """The device is back, reset."""
+
+    def close(self) -> None:
+        """Do nothing any more."""

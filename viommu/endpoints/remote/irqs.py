@@ -1,0 +1,163 @@
+"""Interrupts of a device in another process: it has the VMM's eventfds and signals them itself."""
+
+from __future__ import annotations
+
+import logging
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+from viommu.errors import ViommuError
+from viommu.spec import vfio
+from viommu.vfio_user import IrqInfo, requests
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from viommu.deferred import Deferred
+    from viommu.vfio_user import IrqLines
+    from viommu.vfio_user.irqs import IrqSet
+    from viommu.vfio_user.loop_client import LoopClient
+
+__all__ = ["RemoteIrqs"]
+
+_log: Final = logging.getLogger(__name__)
+
+_ASSIGN: Final = vfio.IRQ_SET_DATA_EVENTFD | vfio.IRQ_SET_ACTION_TRIGGER
+_DISABLE: Final = vfio.IRQ_SET_DATA_NONE | vfio.IRQ_SET_ACTION_TRIGGER
+
+# QEMU warns of a device that has none of these; nobody else misses them.
+_ALWAYS_THERE: Final = (vfio.PCI_ERR_IRQ_INDEX, vfio.PCI_REQ_IRQ_INDEX)
+
+
+class RemoteIrqs:
+    """Passes what a VMM's :class:`~viommu.vfio_user.irqs.IrqLines` are told on to a device.
+
+    The VMM is answered before the device is: what a device refuses is logged.
+    """
+
+    def __init__(self, name: str, theirs: Sequence[IrqInfo]) -> None:
+        self.refused = 0
+        self._name = name
+        self._theirs = theirs
+        self._client: LoopClient | None = None
+        self._lines: IrqLines | None = None
+        self._vectors: dict[int, int] = {}  # how many the device has of each kind
+
+    @property
+    def lines(self) -> IrqLines | None:
+        """The interrupts of the VMM that is connected."""
+        return self._lines
+
+    def info(self, index: int) -> IrqInfo:
+        """Describe one kind of interrupt to a VMM."""
+        theirs = self._theirs[index]
+        if index in _ALWAYS_THERE:
+            return IrqInfo(1, vfio.IRQ_INFO_EVENTFD)
+        # Which vectors a device can add to those that it has is ours to know.
+        return IrqInfo(theirs.count, theirs.flags & ~vfio.IRQ_INFO_NORESIZE)
+
+    def follow(self, lines: IrqLines) -> None:
+        """Give the device what this VMM gives."""
+        self._lines = lines
+        lines.on_change(self._changed)
+        lines.on_masking(self._masked)
+
+    def leave(self) -> None:
+        """Have the device signal nobody any more, and follow nobody."""
+        if self._lines is not None:
+            self._lines.on_change(None)
+            self._lines.on_masking(None)
+            self._lines = None
+        for index in list(self._vectors):
+            self._disable(index)
+
+    def connected(self, client: LoopClient) -> None:
+        """Give a device that is there again what the VMM has given."""
+        self._client = client
+        self._vectors.clear()
+        for index in range(len(self._theirs)):
+            fds = self._lines.fds(index) if self._lines is not None else []
+            if fds and self._has(index, len(fds)):
+                self._assign(index, 0, fds)
+
+    def lost(self) -> None:
+        """The device has gone."""
+        self._client = None
+        self._vectors.clear()
+
+    def _changed(self, index: int, start: int, fds: Sequence[int]) -> None:
+        if not fds:
+            self._disable(index)
+            return
+        end = start + len(fds)
+        known = self._vectors.get(index, 0)
+        if self._client is None or not self._has(index, end):
+            return
+        if known and end > known and self._theirs[index].flags & vfio.IRQ_INFO_NORESIZE:
+            # It can't add one to those that it has: off and on again, with more.
+            before = self._lines.fds(index) if self._lines is not None else []
+            wanted = before + [-1] * (end - len(before))
+            wanted[start:end] = fds
+            self._disable(index)
+            start, fds = 0, wanted
+        self._assign(index, start, fds)
+
+    def _masked(self, request: IrqSet, fds: Sequence[int]) -> None:
+        """Pass on a mask, or an eventfd that unmasks, of the one kind that has them."""
+        if self._client is None or not self._has(request.index, request.start + request.count):
+            return
+        self._send(
+            request.index,
+            request.data | request.action,
+            request.start,
+            request.count,
+            bools=request.bools,
+            fds=fds,
+        )
+
+    def _has(self, index: int, vectors: int) -> bool:
+        return vectors <= self._theirs[index].count
+
+    def _assign(self, index: int, start: int, fds: Sequence[int]) -> None:
+        assert self._client is not None  # noqa: S101 - the callers looked
+        for at, run in _runs(fds, max(1, self._client.capabilities.max_msg_fds)):
+            given = run if run[0] >= 0 else ()
+            self._send(index, _ASSIGN, start + at, len(run), fds=given)
+        self._vectors[index] = max(self._vectors.get(index, 0), start + len(fds))
+
+    def _disable(self, index: int) -> None:
+        if self._vectors.pop(index, 0):
+            self._send(index, _DISABLE, 0, 0)
+
+    def _send(
+        self,
+        index: int,
+        flags: int,
+        start: int,
+        count: int,
+        *,
+        bools: bytes = b"",
+        fds: Sequence[int] = (),
+    ) -> None:
+        if self._client is not None:
+            request = requests.set_irqs(index, flags, start, count, bools=bools, fds=fds)
+            self._client.submit(request).then(self._answered)
+
+    def _answered(self, answer: Deferred[None]) -> None:
+        try:
+            answer.result()
+        except ViommuError as error:
+            if self._client is not None and not self._client.closed:
+                self.refused += 1
+                _log.warning("%s: interrupts can't be set up: %s", self._name, error)
+
+
+def _runs(fds: Sequence[int], most: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """Cut into runs of eventfds, ``most`` at a time, and of none at all; yield where each is."""
+    at = 0
+    for _, group in groupby(fds, lambda fd: fd >= 0):
+        run = list(group)
+        step = most if run[0] >= 0 else len(run)
+        for first in range(0, len(run), step):
+            yield at + first, run[first : first + step]
+        at += len(run)
