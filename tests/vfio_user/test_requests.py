@@ -379,7 +379,7 @@ def test_as_much_as_the_device_takes() -> None:
 
 def test_several_writes_need_a_device_that_takes_them() -> None:
     request = requests.region_write_multi([RegionWrite(0, 0, b"1")])
-    with pytest.raises(UsageError, match="several writes"):
+    with pytest.raises(UsageError, match="write_multiple"):
         request.check(THEIRS)
     request.check(Capabilities(2, write_multiple=True))
 

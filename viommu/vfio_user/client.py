@@ -40,7 +40,8 @@ class Client:
     """Connects to ``path`` and negotiates; every call waits for its reply, at most ``timeout`` s.
 
     With ``memory`` the client serves DMA_READ and DMA_WRITE from it, whenever it
-    waits for a reply or is in :meth:`serve`; without, it refuses them.
+    waits for a reply or is in :meth:`serve`; without, it refuses them. ``offers`` are
+    told to the server instead of :func:`~viommu.vfio_user.loop_client.default_offers`.
 
     Every call may raise :exc:`~viommu.errors.PeerError`. With the errno of an
     error reply the connection goes on. ETIMEDOUT (no reply), ECONNRESET (the
@@ -49,14 +50,26 @@ class Client:
     more data than it transfers at a time, is a :exc:`~viommu.errors.UsageError`.
     """
 
-    def __init__(self, path: Path, *, timeout: float = 5.0, memory: DmaPort | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        timeout: float = 5.0,
+        memory: DmaPort | None = None,
+        offers: Capabilities | None = None,
+    ) -> None:
         sock = dial(path)
         self._timeout = timeout
         self._loop = Loop()
         #: Why the connection has ended, until a caller is told.
         self._news: PeerError | None = None
         self._link = LoopClient(
-            self._loop, sock, timeout=timeout, memory=memory, on_closed=self._ended
+            self._loop,
+            sock,
+            timeout=timeout,
+            memory=memory,
+            offers=offers,
+            on_closed=self._ended,
         )
         try:
             wait(self._loop, self._link.negotiated)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from viommu.vfio_user.requests import Agreement, IoFdsReply, RegionReply, Request
     from viommu.vfio_user.served import RegionInfo
 
-__all__ = ["ClientLimits", "LoopClient", "dial", "wait"]
+__all__ = ["ClientLimits", "LoopClient", "default_offers", "dial", "wait"]
 
 T = TypeVar("T")
 _R = TypeVar("_R", bound="_Measured")
@@ -147,7 +147,7 @@ class LoopClient:
         self._loop = loop
         self._limits = limits or ClientLimits()
         self._on_closed = on_closed
-        offers = offers or _default_offers(serves=memory is not None)
+        offers = offers or default_offers(serves=memory is not None)
         #: What the device has asked of our memory, counted.
         self.dma = DmaService(memory, offers.max_data_xfer_size)
         data = max(spec.MAX_DATA_TRANSFER, offers.max_data_xfer_size)
@@ -442,7 +442,8 @@ def _socket(fd: int) -> socket.socket:
     return sock
 
 
-def _default_offers(*, serves: bool) -> Capabilities:
+def default_offers(*, serves: bool) -> Capabilities:
+    """Return what a client offers that says nothing else; ``serves``: it serves DMA."""
     # That DMA is served has no capability in the specification: send what QEMU sends,
     # which does, and what says that it is served whatever else we wait for.
     if serves:

@@ -9,9 +9,7 @@ message can hold is a UsageError.
 
 from __future__ import annotations
 
-import errno
-import struct
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from viommu.errors import PeerError, UsageError
 from viommu.spec import vfio
@@ -19,10 +17,11 @@ from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user.protocol import Capabilities, decode_version, encode_version
 from viommu.vfio_user.region_info import decode_region_info
+from viommu.vfio_user.request import Request, at_most, exactly, nonsense, order, pack
 from viommu.vfio_user.served import IrqInfo, RegionInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from viommu.vfio_user.protocol import Message
 
@@ -54,43 +53,7 @@ __all__ = [
     "version",
 ]
 
-T = TypeVar("T")
-
 MAX_REPLY_FDS: Final = 16  # what a client announces, and as many as one message can bring
-
-
-class Request(NamedTuple, Generic[T]):
-    """One command, and how its reply becomes a ``T``.
-
-    ``fds`` go with it and stay the caller's. A reply that is no error may bring up
-    to ``max_fds``; ``decode`` takes those that it keeps out of ``message.fds``, and
-    raises PeerError when the reply is nonsense. ``transfer`` is how many bytes of
-    data there are in the request or the reply, besides their fixed parts.
-    """
-
-    command: int
-    payload: bytes
-    decode: Callable[[Message], T]
-    fds: tuple[int, ...] = ()
-    max_fds: int = 0
-    transfer: int = 0
-
-    def check(self, theirs: Capabilities) -> None:
-        """Compare with what the device can take.
-
-        Raises:
-            UsageError: It can't take this, and would end the connection or worse.
-        """
-        if self.transfer > theirs.max_data_xfer_size:
-            limit = theirs.max_data_xfer_size
-            raise UsageError(
-                f"{self.transfer} bytes can't be transferred, the server takes {limit}"
-            )
-        if len(self.fds) > theirs.max_msg_fds:
-            limit = theirs.max_msg_fds
-            raise UsageError(f"{len(self.fds)} file descriptors, the server takes {limit}")
-        if self.command == Command.REGION_WRITE_MULTI and not theirs.write_multiple:
-            raise UsageError("the server does not take several writes in a message")
 
 
 class Agreement(NamedTuple):
@@ -171,14 +134,14 @@ def version(minor: int, ours: Capabilities) -> Request[Agreement]:
         try:
             chosen, theirs = decode_version(message.payload)
         except PeerError as error:
-            raise _nonsense(f"the server's answer: {error}") from error
+            raise nonsense(f"the server's answer: {error}") from error
         if chosen > minor:
-            raise _nonsense(f"version {spec.VERSION_MAJOR}.{chosen} was not offered")
+            raise nonsense(f"version {spec.VERSION_MAJOR}.{chosen} was not offered")
         agreed = theirs.within(ours)
         if not agreed.twin_socket:
             return Agreement(chosen, agreed)
         if agreed.twin_fd_index >= len(message.fds):
-            raise _nonsense(f"file descriptor {agreed.twin_fd_index} of {len(message.fds)}")
+            raise nonsense(f"file descriptor {agreed.twin_fd_index} of {len(message.fds)}")
         return Agreement(chosen, agreed, message.fds.pop(agreed.twin_fd_index))
 
     payload = encode_version(minor, ours)
@@ -199,29 +162,29 @@ def dma_map(
     Without ``fd`` the device knows of the memory, but can't map it.
     """
     flags = (spec.DMA_MAP_F_READ if readable else 0) | (spec.DMA_MAP_F_WRITE if writable else 0)
-    payload = _pack(spec.DMA_MAP, spec.DMA_MAP.size, flags, offset, gpa, size)
-    return _command(Command.DMA_MAP, payload, () if fd is None else (fd,))
+    payload = pack(spec.DMA_MAP, spec.DMA_MAP.size, flags, offset, gpa, size)
+    return order(Command.DMA_MAP, payload, () if fd is None else (fd,))
 
 
 def dma_unmap(gpa: int, size: int) -> Request[None]:
     """Take back what one :func:`dma_map` gave."""
-    return _command(Command.DMA_UNMAP, _pack(spec.DMA_UNMAP, spec.DMA_UNMAP.size, 0, gpa, size))
+    return order(Command.DMA_UNMAP, pack(spec.DMA_UNMAP, spec.DMA_UNMAP.size, 0, gpa, size))
 
 
 def dma_unmap_all() -> Request[None]:
     """Take back all memory."""
     flags = spec.DMA_UNMAP_F_ALL
-    return _command(Command.DMA_UNMAP, _pack(spec.DMA_UNMAP, spec.DMA_UNMAP.size, flags, 0, 0))
+    return order(Command.DMA_UNMAP, pack(spec.DMA_UNMAP, spec.DMA_UNMAP.size, flags, 0, 0))
 
 
 def device_info() -> Request[DeviceInfo]:
     """Ask what kind of device it is."""
 
     def decode(message: Message) -> DeviceInfo:
-        _, flags, regions, irqs = spec.DEVICE_INFO.unpack(_exactly(message, spec.DEVICE_INFO.size))
+        _, flags, regions, irqs = spec.DEVICE_INFO.unpack(exactly(message, spec.DEVICE_INFO.size))
         return DeviceInfo(flags, regions, irqs)
 
-    payload = _pack(spec.DEVICE_INFO, spec.DEVICE_INFO.size, 0, 0, 0)
+    payload = pack(spec.DEVICE_INFO, spec.DEVICE_INFO.size, 0, 0, 0)
     return Request(Command.DEVICE_GET_INFO, payload, decode)
 
 
@@ -229,11 +192,11 @@ def region_info(index: int, argsz: int = vfio.REGION_INFO.size) -> Request[Regio
     """Ask about a region, of whose description ``argsz`` bytes are accepted."""
 
     def decode(message: Message) -> RegionReply:
-        needed, info = decode_region_info(_at_most(message, argsz), index)
+        needed, info = decode_region_info(at_most(message, argsz), index)
         fd = message.fds.pop() if message.fds and needed <= argsz else None
         return RegionReply(needed, info._replace(fd=fd))
 
-    payload = _pack(vfio.REGION_INFO, argsz, 0, index, 0, 0, 0)
+    payload = pack(vfio.REGION_INFO, argsz, 0, index, 0, 0, 0)
     return Request(Command.DEVICE_GET_REGION_INFO, payload, decode, max_fds=1)
 
 
@@ -245,12 +208,12 @@ def region_io_fds(index: int, argsz: int = spec.REGION_IO_FDS.size) -> Request[I
     """
 
     def decode(message: Message) -> IoFdsReply:
-        payload = _at_most(message, argsz)
+        payload = at_most(message, argsz)
         if len(payload) < spec.REGION_IO_FDS.size:
-            raise _nonsense(f"{len(payload)} bytes on a region's file descriptors")
+            raise nonsense(f"{len(payload)} bytes on a region's file descriptors")
         needed, _, number, count = spec.REGION_IO_FDS.unpack_from(payload)
         if number != index:
-            raise _nonsense(f"file descriptors of region {number} instead of {index}")
+            raise nonsense(f"file descriptors of region {number} instead of {index}")
         parts = _io_fds(payload[spec.REGION_IO_FDS.size :], count, len(message.fds))
         if not parts:  # there are none, or they don't fit
             return IoFdsReply(needed, (), ())
@@ -258,7 +221,7 @@ def region_io_fds(index: int, argsz: int = spec.REGION_IO_FDS.size) -> Request[I
         message.fds.clear()
         return IoFdsReply(needed, parts, fds)
 
-    payload = _pack(spec.REGION_IO_FDS, argsz, 0, index, 0)
+    payload = pack(spec.REGION_IO_FDS, argsz, 0, index, 0)
     return Request(Command.DEVICE_GET_REGION_IO_FDS, payload, decode, max_fds=MAX_REPLY_FDS)
 
 
@@ -266,10 +229,10 @@ def irq_info(index: int) -> Request[IrqInfo]:
     """Ask about a kind of interrupt."""
 
     def decode(message: Message) -> IrqInfo:
-        _, flags, _, count = vfio.IRQ_INFO.unpack(_exactly(message, vfio.IRQ_INFO.size))
+        _, flags, _, count = vfio.IRQ_INFO.unpack(exactly(message, vfio.IRQ_INFO.size))
         return IrqInfo(count, flags)
 
-    payload = _pack(vfio.IRQ_INFO, vfio.IRQ_INFO.size, 0, index, 0)
+    payload = pack(vfio.IRQ_INFO, vfio.IRQ_INFO.size, 0, index, 0)
     return Request(Command.DEVICE_GET_IRQ_INFO, payload, decode)
 
 
@@ -284,8 +247,8 @@ def set_irqs(
 ) -> Request[None]:
     """Set interrupts up, or trigger them; ``flags`` are ``VFIO_IRQ_SET_*``."""
     argsz = vfio.IRQ_SET.size + len(bools)
-    payload = _pack(vfio.IRQ_SET, argsz, flags, index, start, count) + bools
-    return _command(Command.DEVICE_SET_IRQS, payload, tuple(fds))
+    payload = pack(vfio.IRQ_SET, argsz, flags, index, start, count) + bools
+    return order(Command.DEVICE_SET_IRQS, payload, tuple(fds))
 
 
 def region_read(region: int, offset: int, count: int) -> Request[bytes]:
@@ -293,19 +256,19 @@ def region_read(region: int, offset: int, count: int) -> Request[bytes]:
     size = spec.REGION_ACCESS.size
 
     def decode(message: Message) -> bytes:
-        payload = _exactly(message, size + count)
+        payload = exactly(message, size + count)
         if spec.REGION_ACCESS.unpack_from(payload)[2] != count:
-            raise _nonsense(f"{payload[:size].hex(' ')} with {count} bytes of data")
+            raise nonsense(f"{payload[:size].hex(' ')} with {count} bytes of data")
         return payload[size:]
 
-    head = _pack(spec.REGION_ACCESS, offset, region, count)
+    head = pack(spec.REGION_ACCESS, offset, region, count)
     return Request(Command.REGION_READ, head, decode, transfer=count)
 
 
 def region_write(region: int, offset: int, data: bytes) -> Request[None]:
     """Write ``data``."""
-    payload = _pack(spec.REGION_ACCESS, offset, region, len(data)) + data
-    return _command(Command.REGION_WRITE, payload, transfer=len(data))
+    payload = pack(spec.REGION_ACCESS, offset, region, len(data)) + data
+    return order(Command.REGION_WRITE, payload, transfer=len(data))
 
 
 def region_write_multi(writes: Sequence[RegionWrite]) -> Request[None]:
@@ -314,24 +277,30 @@ def region_write_multi(writes: Sequence[RegionWrite]) -> Request[None]:
     Raises:
         UsageError: One has more than 8 bytes.
     """
-    parts = [_pack(spec.MULTI_WRITES, len(writes))]
+    parts = [pack(spec.MULTI_WRITES, len(writes))]
     for region, offset, data in writes:
         if len(data) > spec.MULTI_WRITE_DATA:
             raise UsageError(f"{len(data)} bytes in one of several writes")
-        parts.append(_pack(spec.MULTI_WRITE, offset, region, len(data), data))
+        parts.append(pack(spec.MULTI_WRITE, offset, region, len(data), data))
     payload = b"".join(parts)
 
     def decode(message: Message) -> None:
-        (done,) = spec.MULTI_WRITES.unpack(_exactly(message, spec.MULTI_WRITES.size))
+        (done,) = spec.MULTI_WRITES.unpack(exactly(message, spec.MULTI_WRITES.size))
         if done != len(writes):
-            raise _nonsense(f"{done} writes were done instead of {len(writes)}")
+            raise nonsense(f"{done} writes were done instead of {len(writes)}")
 
-    return Request(Command.REGION_WRITE_MULTI, payload, decode, transfer=len(payload))
+    return Request(
+        Command.REGION_WRITE_MULTI,
+        payload,
+        decode,
+        transfer=len(payload),
+        needs="write_multiple",
+    )
 
 
 def reset() -> Request[None]:
     """Reset the device."""
-    return _command(Command.DEVICE_RESET, b"")
+    return order(Command.DEVICE_RESET, b"")
 
 
 def device_feature(
@@ -345,15 +314,15 @@ def device_feature(
     accepted = size + len(data) if argsz is None else argsz
 
     def decode(message: Message) -> FeatureReply:
-        payload = _at_most(message, accepted)
+        payload = at_most(message, accepted)
         if len(payload) < size:
-            raise _nonsense(f"{len(payload)} bytes on a feature")
+            raise nonsense(f"{len(payload)} bytes on a feature")
         needed, theirs = spec.DEVICE_FEATURE.unpack_from(payload)
         if theirs != flags:
-            raise _nonsense(f"flags {theirs:#x} instead of {flags:#x}")
+            raise nonsense(f"flags {theirs:#x} instead of {flags:#x}")
         return FeatureReply(needed, theirs, payload[size:])
 
-    payload = _pack(spec.DEVICE_FEATURE, accepted, flags) + data
+    payload = pack(spec.DEVICE_FEATURE, accepted, flags) + data
     transfer = max(accepted - size, len(data))
     return Request(Command.DEVICE_FEATURE, payload, decode, transfer=transfer)
 
@@ -363,35 +332,23 @@ def mig_data_read(size: int) -> Request[bytes]:
     head = spec.MIG_DATA.size
 
     def decode(message: Message) -> bytes:
-        payload = _at_most(message, head + size)
+        payload = at_most(message, head + size)
         # libvfio-user sends as much as was asked for, whatever there is.
         if (
             len(payload) < head
             or (there := spec.MIG_DATA.unpack_from(payload)[1]) > len(payload) - head
         ):
-            raise _nonsense(f"{len(payload)} bytes with migration data: {payload[:head].hex(' ')}")
+            raise nonsense(f"{len(payload)} bytes with migration data: {payload[:head].hex(' ')}")
         return payload[head : head + there]
 
-    payload = _pack(spec.MIG_DATA, head + size, size)
+    payload = pack(spec.MIG_DATA, head + size, size)
     return Request(Command.MIG_DATA_READ, payload, decode, transfer=size)
 
 
 def mig_data_write(data: bytes) -> Request[None]:
     """Write a piece of the state of a device that is being restored."""
-    payload = _pack(spec.MIG_DATA, spec.MIG_DATA.size + len(data), len(data)) + data
-    return _command(Command.MIG_DATA_WRITE, payload, transfer=len(data))
-
-
-def _command(
-    command: int, payload: bytes, fds: tuple[int, ...] = (), *, transfer: int = 0
-) -> Request[None]:
-    """Return a command whose reply says nothing but that it was done."""
-    limit = len(payload)
-
-    def decode(message: Message) -> None:
-        _at_most(message, limit)
-
-    return Request(command, payload, decode, fds, transfer=transfer)
+    payload = pack(spec.MIG_DATA, spec.MIG_DATA.size + len(data), len(data)) + data
+    return order(Command.MIG_DATA_WRITE, payload, transfer=len(data))
 
 
 def _io_fds(data: bytes, count: int, fds: int) -> tuple[IoFd, ...]:
@@ -401,7 +358,7 @@ def _io_fds(data: bytes, count: int, fds: int) -> tuple[IoFd, ...]:
         if index == spec.IO_FD_NONE:
             return None
         if index >= fds:
-            raise _nonsense(f"file descriptor {index} of {fds}")
+            raise nonsense(f"file descriptor {index} of {fds}")
         return index
 
     parts = []
@@ -419,28 +376,5 @@ def _io_fds(data: bytes, count: int, fds: int) -> tuple[IoFd, ...]:
                 part = IoFd(offset, size, kind, flags, last, known(fd))
             parts.append(part)
     elif data:
-        raise _nonsense(f"{count} parts of a region in {len(data)} bytes")
+        raise nonsense(f"{count} parts of a region in {len(data)} bytes")
     return tuple(parts)
-
-
-def _pack(codec: struct.Struct, *values: int | bytes) -> bytes:
-    try:
-        return codec.pack(*values)
-    except struct.error as error:
-        raise UsageError(f"{values} can't be sent: {error}") from error
-
-
-def _exactly(message: Message, size: int) -> bytes:
-    if len(message.payload) != size:
-        raise _nonsense(f"it has {len(message.payload)} bytes instead of {size}")
-    return message.payload
-
-
-def _at_most(message: Message, size: int) -> bytes:
-    if len(message.payload) > size:
-        raise _nonsense(f"it has {len(message.payload)} bytes, {size} were accepted")
-    return message.payload
-
-
-def _nonsense(why: str) -> PeerError:
-    return PeerError(errno.EPROTO, why)
