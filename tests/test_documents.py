@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import FunctionType
 
 import click
 import pytest
@@ -13,7 +14,9 @@ from viommu import errors
 from viommu.cli.exit_codes import EXIT_CODES
 from viommu.cli.main import COMMANDS, cli
 from viommu.endpoints.edu_registers import EXTENSION_START, Register
+from viommu.spec.vfio_user import Command
 from viommu.spec.virtio_iommu import Status
+from viommu.vfio_user import requests
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -25,7 +28,7 @@ PAGES = {
     )
 }
 # Pages whose Python examples are complete and run in the order of the page.
-RUNNABLE = ("docs/embedding.md", "docs/endpoints.md")
+RUNNABLE = ("docs/embedding.md", "docs/endpoints.md", "docs/vfio-user-client.md")
 
 
 def code_blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -109,6 +112,20 @@ def test_every_register_of_edu_that_is_ours_is_documented() -> None:
     assert {name: int(offset, 16) for offset, name in rows} == {
         register.name: register.value for register in Register if register >= EXTENSION_START
     }
+
+
+def test_every_command_of_the_client_is_documented_with_its_request() -> None:
+    page = PAGES["docs/vfio-user-client.md"]
+    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \|", page, re.MULTILINE)
+
+    assert [name for name, _ in rows] == [command.name for command in Command]
+    documented = {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    functions = {
+        name
+        for name, value in vars(requests).items()
+        if name in requests.__all__ and isinstance(value, FunctionType)
+    }
+    assert documented == functions
 
 
 def test_every_exception_is_documented() -> None:
