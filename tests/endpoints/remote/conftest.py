@@ -24,11 +24,13 @@ class Watcher:
     def __init__(self) -> None:
         self.log: list[object] = []
         self.refuse = False
+        self.mapped: Deferred[None] | None = None
 
-    def connected(self, client: LoopClient) -> None:
+    def connected(self, client: LoopClient) -> Deferred[None] | None:
         self.log.append("connected")
         if self.refuse:
             client.close()
+        return self.mapped
 
     def lost(self, why: PeerError) -> None:
         self.log.append("lost")

@@ -86,6 +86,7 @@ class Scripted:
         self.refuse: dict[int, int] = {}
         self.lie: Callable[[Message, bytes], bytes] | None = None
         self.waiting: list[Message] = []
+        self.hello = b""
         self.eventfds: dict[tuple[int, int], int] = {}
         self.bars = {index: bytearray(info.size) for index, info in shape.regions.items()}
         self.bars[CONFIG] = bytearray(shape.config)
@@ -164,6 +165,7 @@ class Scripted:
         shape, payload = self.shape, message.payload
         match message.command:
             case Command.VERSION:
+                self.hello = payload
                 return encode_version(0, shape.capabilities), ()
             case Command.DEVICE_GET_INFO:
                 info = (spec.DEVICE_INFO.size, shape.flags, shape.num_regions, shape.num_irqs)

@@ -18,6 +18,7 @@ from tests.endpoints.remote.scripted import (
     Scripted,
     Shape,
 )
+from viommu.deferred import Deferred
 from viommu.errors import BackendError, PeerError, UsageError
 from viommu.spec import pci, vfio
 from viommu.spec.vfio_user import Command
@@ -251,6 +252,20 @@ def test_a_mapper_that_can_not_serve_it(make: Callable[..., Rig]) -> None:
     with pytest.raises(BackendError):
         rig.start()
     assert rig.watcher.told()[-1] == "lost"
+
+
+def test_a_device_is_not_used_before_it_has_its_mappings(rig: Rig) -> None:
+    in_use(rig)
+    rig.kill()
+    rig.watcher.mapped = Deferred()
+    done = rig.function.reset()
+    rig.turn()
+
+    assert not rig.done(done)
+    assert rig.read(2, 0, 1) == b"\xff"
+    rig.watcher.mapped.resolve(None)
+    assert rig.done(done)
+    assert rig.read(2, 0, 1) == b"\0"
 
 
 # --- dead

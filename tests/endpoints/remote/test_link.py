@@ -11,6 +11,8 @@ from viommu.endpoints.remote.link import DeviceLink, LinkState
 from viommu.errors import PeerError, UsageError, ViommuError
 from viommu.loop import Loop
 from viommu.spec.vfio_user import Command
+from viommu.vfio_user import requests
+from viommu.vfio_user.protocol import Capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +57,15 @@ class Rig:
         self.loop = Loop(clock=lambda: self.now)
         self.stage = Stage(self.loop)
         self.owner = Owner()
-        self.link = DeviceLink(self.loop, self.stage.dial, self.owner, port=None, timeout=4.0)
+        self.link = DeviceLink(
+            self.loop,
+            self.stage.dial,
+            self.owner,
+            port=None,
+            offers=Capabilities(5),
+            timeout=1.0,
+            connect_timeout=4.0,
+        )
 
     def turn(self, seconds: float = 0) -> None:
         self.now += seconds
@@ -164,6 +174,30 @@ def test_a_device_that_takes_too_long(rig: Rig) -> None:
     assert error.errno == errno.ETIMEDOUT
     assert rig.told() == ["accept", "lost ETIMEDOUT", "failed"]
     assert not rig.stage.device.open
+
+
+def test_to_connect_may_take_longer_than_to_answer(rig: Rig) -> None:
+    rig.stage.prepare = lambda device: device.mute.add(Command.VERSION)
+    attempt = rig.link.open()
+    rig.turn(3)
+    rig.stage.device.answer_waiting()
+    rig.turn()
+    assert attempt.result() is None
+    rig.told()
+
+    rig.stage.device.mute.add(Command.DEVICE_RESET)
+    assert rig.link.client is not None
+    rig.link.client.submit(requests.reset())
+    rig.turn(1.1)
+
+    assert rig.told() == ["lost ETIMEDOUT"]
+
+
+def test_it_offers_what_it_is_told(rig: Rig) -> None:
+    rig.link.open()
+    rig.turn()
+
+    assert b'"max_msg_fds":5' in rig.stage.device.hello
 
 
 def test_a_device_that_goes(rig: Rig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from viommu.deferred import Deferred
     from viommu.errors import PeerError
     from viommu.vfio_user import IrqLines
     from viommu.vfio_user.loop_client import LoopClient
@@ -15,11 +16,11 @@ __all__ = ["Afterlife", "LinkWatcher"]
 class LinkWatcher(Protocol):
     """The mapper's side of a connection: it holds the device's address space."""
 
-    def connected(self, client: LoopClient) -> None:
+    def connected(self, client: LoopClient) -> Deferred[None] | None:
         """Give the device its mappings: it is there, again, and has none.
 
-        Called before anything is sent that lets it work. Who can't go on with the
-        device, now or later, closes ``client``.
+        It is not let work before the result is there, if there is one. Who can't go on
+        with the device, now or later, gives up ``client``.
         """
 
     def lost(self, why: PeerError) -> None:

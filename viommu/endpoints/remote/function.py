@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from viommu.vfio_user import IrqInfo, IrqLines, RegionInfo
     from viommu.vfio_user.dma_service import DmaPort
     from viommu.vfio_user.loop_client import LoopClient
+    from viommu.vfio_user.protocol import Capabilities
 
 __all__ = ["RemoteFunction"]
 
@@ -62,7 +63,9 @@ class RemoteFunction:
         afterlife: What a driver of the dead device needs not to hang.
         mappable: Whether VMMs may map BARs. A device whose BARs a VMM has mapped can't
             come back before the VMM does: its new memory can't get there.
-        timeout: Seconds for any answer, and for all that a new connection takes.
+        offers: What the device is offered, by default what fits ``port``.
+        timeout: Seconds for any answer.
+        connect_timeout: Seconds for all that a new connection takes, by default as long.
 
     Raises:
         UsageError: Nobody can be reached.
@@ -83,7 +86,9 @@ class RemoteFunction:
         watcher: LinkWatcher | None = None,
         afterlife: Afterlife | None = None,
         mappable: bool = True,
+        offers: Capabilities | None = None,
         timeout: float = _DEFAULT_TIMEOUT,
+        connect_timeout: float | None = None,
     ) -> None:
         self.name = name
         self.memory = memory
@@ -104,8 +109,11 @@ class RemoteFunction:
         self._closed = False
         self._master = False
         self._in_use = False  # whether a driver has written anything since the last reset
-        self._link = DeviceLink(loop, dial, self, port=port, timeout=timeout)
-        self._connect_first(timeout)
+        limit = timeout if connect_timeout is None else connect_timeout
+        self._link = DeviceLink(
+            loop, dial, self, port=port, offers=offers, timeout=timeout, connect_timeout=limit
+        )
+        self._connect_first()
 
     @property
     def client(self) -> LoopClient | None:
@@ -200,10 +208,12 @@ class RemoteFunction:
             self._take(description)
         else:
             description.close()  # the VMM has the files of the one before
+        steps = []
         if self._watcher is not None:
-            self._watcher.connected(client)
+            if (mapped := self._watcher.connected(client)) is not None:
+                steps.append(mapped)
             self._watcher.bus_master(enabled=self._master)
-        return self._reset_device(client)
+        return all_done([*steps, self._reset_device(client)])
 
     def alive(self) -> None:
         """Give the device what it was reset without."""
@@ -246,10 +256,10 @@ class RemoteFunction:
 
     # Inside: connecting.
 
-    def _connect_first(self, timeout: float) -> None:
+    def _connect_first(self) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            why = wait(self._loop, self._link.open(), 2 * timeout)
+            why = wait(self._loop, self._link.open())
             if isinstance(why, PeerError):
                 raise BackendError(why.errno, f"{self.name}: {why}")
             if why is not None:

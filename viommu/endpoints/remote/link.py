@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from viommu.endpoints.remote.description import Description
     from viommu.loop import Loop, Timer
     from viommu.vfio_user.dma_service import DmaPort
+    from viommu.vfio_user.protocol import Capabilities
 
 __all__ = ["DeviceLink", "LinkOwner", "LinkState"]
 
@@ -57,7 +58,9 @@ class LinkOwner(Protocol):
 class DeviceLink:
     """Connects with ``dial``, which returns a connected socket, or raises a ViommuError.
 
-    An attempt may take ``timeout`` seconds altogether, and so may every request later.
+    An attempt may take ``connect_timeout`` seconds altogether, and every request
+    ``timeout``. ``port`` and ``offers`` are what a client has for the device, see
+    :class:`~viommu.vfio_user.loop_client.LoopClient`.
     """
 
     def __init__(
@@ -67,14 +70,18 @@ class DeviceLink:
         owner: LinkOwner,
         *,
         port: DmaPort | None,
+        offers: Capabilities | None,
         timeout: float,
+        connect_timeout: float,
     ) -> None:
         self.state = LinkState.DEAD
         self._loop = loop
         self._dial = dial
         self._owner = owner
         self._port = port
+        self._offers = offers
         self._timeout = timeout
+        self._connect_timeout = connect_timeout
         self._client: LoopClient | None = None
         self._accepted = False
         self._attempt: Deferred[ViommuError | None] | None = None
@@ -116,9 +123,15 @@ class DeviceLink:
                 self._fail(why)
 
         client = self._client = LoopClient(
-            self._loop, sock, timeout=self._timeout, memory=self._port, on_closed=ended
+            self._loop,
+            sock,
+            # What takes longer while it is made is ended by the deadline.
+            timeout=max(self._timeout, self._connect_timeout),
+            memory=self._port,
+            offers=self._offers,
+            on_closed=ended,
         )
-        self._deadline = self._loop.call_later(self._timeout, self._too_late)
+        self._deadline = self._loop.call_later(self._connect_timeout, self._too_late)
         read_description(client).then(lambda answer: self._described(client, answer))
         return attempt
 
@@ -164,13 +177,16 @@ class DeviceLink:
     def _ready(self, client: LoopClient) -> None:
         if client.closed:
             return
+        client.timeout = self._timeout
         self.state = LinkState.ALIVE
         self._pause = _FIRST_PAUSE
         self._owner.alive()
         self._finish(None)
 
     def _too_late(self) -> None:
-        self.hang_up(PeerError(errno.ETIMEDOUT, f"it was not ready within {self._timeout} s"))
+        self.hang_up(
+            PeerError(errno.ETIMEDOUT, f"it was not ready within {self._connect_timeout} s")
+        )
 
     def _fail(self, why: ViommuError) -> None:
         """There is no device any more, or there has never been."""
