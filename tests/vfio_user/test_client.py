@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vfio_user.conftest import PAGE
+from tests.vfio_user.raw_device import reply_to as reply
 from tests.vfio_user.register_bank import (
     BAR,
     BIG,
@@ -28,7 +29,7 @@ from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.testing.serving import LoopThread
-from viommu.vfio_user import Client, IrqInfo, RegionInfo, Server
+from viommu.vfio_user import Client, IrqInfo, RegionInfo, Server, requests
 from viommu.vfio_user.connection import receive, send
 from viommu.vfio_user.protocol import (
     Capabilities,
@@ -37,6 +38,7 @@ from viommu.vfio_user.protocol import (
     encode_version,
     reply_message,
 )
+from viommu.vfio_user.requests import RegionWrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -161,6 +163,31 @@ def test_memory(client: Client, bank: RegisterBank, memfd: Callable[..., int]) -
     assert caught.value.errno == errno.ENOENT
     client.dma_unmap_all()
     assert bank.memory.regions() == []
+
+
+def test_requests_are_pipelined(client: Client) -> None:
+    client.region_write(BAR, 0x80, bytes(range(64)))
+    answers = [client.submit(requests.region_read(BAR, 0x80 + n, 1)) for n in range(64)]
+    assert client.wait(answers[63]) == b"\x3f"
+    assert all(answer.done for answer in answers)
+    assert b"".join(client.wait(answer) for answer in answers) == bytes(range(64))
+    assert client.call(requests.region_read(BAR, 0x82, 2)) == b"\2\3"
+
+
+def test_commands_that_our_server_does_not_have(client: Client) -> None:
+    assert client.region_io_fds(BAR) == (16, (), ())
+    for call in (
+        lambda: client.device_feature(1 << 16 | 1, argsz=16),
+        lambda: client.mig_data_read(4),
+        lambda: client.mig_data_write(b"data"),
+        lambda: client.region_io_fds(5),
+    ):
+        with pytest.raises(PeerError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+    with pytest.raises(UsageError, match="write_multiple"):
+        client.region_write_multi([RegionWrite(BAR, 0x80, b"1")])
+    client.reset()
 
 
 def test_reset(client: Client, bank: RegisterBank) -> None:
@@ -289,10 +316,17 @@ class Liar:
 def lie(tmp_path: Path) -> Iterator[Callable[..., Liar]]:
     liars: list[Liar] = []
 
-    def make(script: Callable[[Liar, Message], None], *, negotiate: bool = True) -> Liar:
+    def make(
+        script: Callable[[Liar, Message], None],
+        *,
+        negotiate: bool = True,
+        write_multiple: bool = False,
+    ) -> Liar:
+        capabilities = Capabilities(8, write_multiple=write_multiple)
+
         def play(liar: Liar, message: Message) -> None:
             if message.command == Command.VERSION and negotiate:
-                liar.send(reply_message(message, encode_version(0, Capabilities(8))))
+                liar.send(reply_message(message, encode_version(0, capabilities)))
             else:
                 script(liar, message)
 
@@ -327,29 +361,6 @@ def test_a_version_that_was_not_offered(lie: Callable[..., Liar], payload: bytes
     liar = lie(lambda liar, m: liar.send(reply_message(m, payload)), negotiate=False)
     with broken(errno.EPROTO):
         Client(liar.path)
-
-
-def reply(
-    message: Message,
-    payload: bytes = b"",
-    *,
-    ident: int | None = None,
-    command: int | None = None,
-    size: int | None = None,
-    flags: int = spec.F_TYPE_REPLY,
-    error: int = 0,
-) -> bytes:
-    """The reply to ``message``, with what is wrong with it."""
-    return (
-        spec.HEADER.pack(
-            message.id if ident is None else ident,
-            message.command if command is None else command,
-            16 + len(payload) if size is None else size,
-            flags,
-            error,
-        )
-        + payload
-    )
 
 
 LIES: dict[str, Callable[[Message], bytes]] = {
@@ -431,6 +442,80 @@ def test_a_silent_server(lie: Callable[..., Liar]) -> None:
             client.reset()
         with broken(errno.ENOTCONN):
             client.reset()
+
+
+def test_commands_that_others_have(lie: Callable[..., Liar]) -> None:
+    heard: dict[int, bytes] = {}
+
+    def script(liar: Liar, message: Message) -> None:
+        heard[message.command] = message.payload
+        if message.no_reply:
+            return
+        match message.command:
+            case Command.REGION_WRITE_MULTI:
+                liar.send(reply(message, message.payload[:8]))
+            case Command.MIG_DATA_READ:
+                liar.send(reply(message, spec.MIG_DATA.pack(11, 3) + b"abc"))
+            case Command.DEVICE_FEATURE:
+                liar.send(reply(message, message.payload))
+            case _:
+                liar.send(reply(message))
+
+    liar = lie(script, write_multiple=True)
+    with Client(liar.path) as client:
+        client.region_write_multi([RegionWrite(0, 8, b"12"), RegionWrite(0, 16, b"34")])
+        assert len(heard[Command.REGION_WRITE_MULTI]) == 8 + 2 * 24
+        client.region_write_multi([RegionWrite(0, 8, b"12")], posted=True)
+        assert client.mig_data_read(16) == b"abc"
+        client.mig_data_write(b"state")
+        assert client.device_feature(1 << 17 | 2, b"12345678").data == b"12345678"
+    assert heard[Command.MIG_DATA_WRITE] == spec.MIG_DATA.pack(13, 5) + b"state"
+    assert len(heard[Command.REGION_WRITE_MULTI]) == 8 + 24
+
+
+def test_a_deaf_server(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "deaf"))
+        listener.listen()
+        thread = threading.Thread(target=lambda: accepted.append(agree_and_sleep(listener)))
+        accepted: list[socket.socket] = []
+        thread.start()
+        with Client(tmp_path / "deaf", timeout=0.05) as client:
+            thread.join()
+            with broken(errno.ETIMEDOUT):
+                for _ in range(64):
+                    client.region_write(0, 0, bytes(1 << 20), posted=True)
+            with broken(errno.ENOTCONN):
+                client.region_write(0, 0, b"1", posted=True)
+        accepted[0].close()
+
+
+def agree_and_sleep(listener: socket.socket) -> socket.socket:
+    """Accept a client, answer its VERSION, and read nothing more."""
+    peer, _ = listener.accept()
+    ident, command, *_ = spec.HEADER.unpack_from(peer.recv(4096))
+    hello = Message(ident, command, 0, 0, b"", [])
+    peer.send(reply_message(hello, encode_version(0, Capabilities(8))))
+    return peer
+
+
+def test_a_posted_write_to_a_server_that_has_gone(
+    client: Client, thread: LoopThread, served: Server
+) -> None:
+    thread.call(served.close)
+    with broken(errno.ECONNRESET):
+        client.region_write(BAR, 0x80, b"1", posted=True)
+    with broken(errno.ENOTCONN):
+        client.region_write(BAR, 0x80, b"1", posted=True)
+
+
+def test_serving_a_silent_server(lie: Callable[..., Liar]) -> None:
+    liar = lie(lambda _liar, _message: None)
+    with Client(liar.path, timeout=0.01) as client:
+        with broken(errno.ETIMEDOUT):
+            client.serve(lambda: False)
+        with broken(errno.ENOTCONN):
+            client.serve(lambda: False)
 
 
 def test_an_unasked_reply_while_serving(lie: Callable[..., Liar]) -> None:

@@ -333,12 +333,12 @@ def mig_data_read(size: int) -> Request[bytes]:
 
     def decode(message: Message) -> bytes:
         payload = at_most(message, head + size)
+        if len(payload) < head:
+            raise nonsense(f"{len(payload)} bytes with migration data")
         # libvfio-user sends as much as was asked for, whatever there is.
-        if (
-            len(payload) < head
-            or (there := spec.MIG_DATA.unpack_from(payload)[1]) > len(payload) - head
-        ):
-            raise nonsense(f"{len(payload)} bytes with migration data: {payload[:head].hex(' ')}")
+        there = spec.MIG_DATA.unpack_from(payload)[1]
+        if there > len(payload) - head:
+            raise nonsense(f"{there} bytes of migration data in {len(payload)}")
         return payload[head : head + there]
 
     payload = pack(spec.MIG_DATA, head + size, size)
