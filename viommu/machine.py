@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from viommu.endpoints.host import HostDevices, OpenEndpoint
+    from viommu.errors import TranslationFault
     from viommu.loop import Loop
     from viommu.vfio_user import ServedDevice
     from viommu.vmm import Bdf
@@ -83,6 +84,7 @@ class Machine:
         self._endpoints: dict[Bdf, OpenEndpoint] = {}
         self._hosts: dict[str, HostDevices] = {}
         self._closing = contextlib.ExitStack()
+        self._memory = ManagedMemory(self.regions)
         try:
             for bdf, description in options.endpoints:
                 self._open_host_device(bdf, description)
@@ -90,8 +92,9 @@ class Machine:
             self.iommu = VirtioIommu(config)
             self._device = VirtioIommuDevice(self.iommu, loop, self._suspect_memory)
             self._closing.callback(self._device.close)
-            memory = ManagedMemory(self.regions)
-            function = VirtioPciFunction(str(options.iommu), memory, self._device, memory)
+            function = VirtioPciFunction(
+                str(options.iommu), self._memory, self._device, self._memory
+            )
             self._serve(options.iommu, function)
             for bdf, description in options.endpoints:
                 self._add_endpoint(bdf, description)
@@ -170,7 +173,13 @@ class Machine:
             self._hosts[name] = kind.start()
             self._closing.callback(self._hosts[name].close)
         place = HostPlace(
-            str(bdf), GuestMemory(), self.regions, self.loop, partial(self._withdrawn, bdf)
+            str(bdf),
+            GuestMemory(),
+            self._memory,
+            self.regions,
+            self.loop,
+            partial(self._withdrawn, bdf),
+            partial(self._report_fault, bdf),
         )
         self._keep(bdf, self._hosts[name].open(place, options))
 
@@ -216,6 +225,9 @@ class Machine:
         """Serve an endpoint no more: its device is going."""
         if bdf in self._servers:
             self._servers[bdf].close()
+
+    def _report_fault(self, bdf: Bdf, fault: TranslationFault) -> None:
+        self.iommu.report_fault(bdf.number, fault)
 
     def _suspect_memory(self, gpa: int) -> None:
         """Have it checked that we see what the driver writes there: it kicked for nothing."""

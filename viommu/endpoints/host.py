@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from viommu.domain import ReservedRegion
     from viommu.endpoints.registry import Option
+    from viommu.errors import TranslationFault
     from viommu.loop import Loop
     from viommu.mapper import MemoryMapper
     from viommu.memory import GuestMemory
@@ -28,15 +29,19 @@ class HostPlace(NamedTuple):
     """Where a device of the host goes.
 
     ``name`` is what messages call it, ``memory`` what its own VMM connection shares,
-    ``regions`` the memory of its guest, where its BARs go as well. It calls
-    ``withdrawn`` when the host wants it back: then it is served to nobody any more.
+    ``guest`` the memory of its guest, as we read and write it, and ``regions`` the same
+    as devices reach it, where its BARs go as well. It calls ``withdrawn`` when the host
+    wants it back: then it is served to nobody any more. It calls ``report`` when its
+    DMA was blocked here.
     """
 
     name: str
     memory: GuestMemory
+    guest: GuestMemory
     regions: RegionManager
     loop: Loop
     withdrawn: Callable[[], None]
+    report: Callable[[TranslationFault], None]
 
 
 class OpenEndpoint(Protocol):

@@ -31,7 +31,15 @@ class Rig:
         self._open: list[PassthroughEndpoint] = []
 
     def open(self, address: str, backend: str | None = None) -> PassthroughEndpoint:
-        place = HostPlace("00:06.0", GuestMemory(), self.regions, self._loop, lambda: None)
+        place = HostPlace(
+            "00:06.0",
+            GuestMemory(),
+            GuestMemory(),
+            self.regions,
+            self._loop,
+            lambda: None,
+            lambda _: None,
+        )
         options: dict[str, Any] = {"host": self.host.device(address)}
         if backend:
             options["backend"] = backend

@@ -35,7 +35,15 @@ class Rig:
         self.regions = RegionManager()
         self.withdrawn = 0
         self._devices = PassthroughDevices()
-        place = HostPlace("00:06.0", GuestMemory(), self.regions, loop, self._withdraw)
+        place = HostPlace(
+            "00:06.0",
+            GuestMemory(),
+            GuestMemory(),
+            self.regions,
+            loop,
+            self._withdraw,
+            lambda _: None,
+        )
         options = {"host": host.device(ONE), "backend": backend}
         self.endpoint: PassthroughEndpoint = self._devices.open(place, options)
 
