@@ -185,8 +185,9 @@ def test_commands_that_our_server_does_not_have(client: Client) -> None:
         with pytest.raises(PeerError) as caught:
             call()
         assert caught.value.errno == errno.EINVAL
-    with pytest.raises(UsageError, match="write_multiple"):
-        client.region_write_multi([RegionWrite(BAR, 0x80, b"1")])
+    for posted in (False, True):
+        with pytest.raises(UsageError, match="write_multiple"):
+            client.region_write_multi([RegionWrite(BAR, 0x80, b"1")], posted=posted)
     client.reset()
 
 
@@ -244,6 +245,10 @@ def test_a_second_client_learns_that_it_is_not_wanted(client: Client, served: Se
     with pytest.raises(PeerError) as caught:
         Client(served.path)
     assert caught.value.errno == errno.ECONNRESET
+
+
+def test_nothing_is_to_be_served(client: Client) -> None:
+    client.serve(lambda: True)
 
 
 def test_a_closed_client(client: Client) -> None:
