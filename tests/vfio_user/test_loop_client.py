@@ -262,6 +262,18 @@ def test_whoever_is_told_may_close(device: RawDevice) -> None:
     assert device.ends == [], "its owner knows"
 
 
+def test_a_device_that_is_given_up_is_lost_as_any_other(device: RawDevice) -> None:
+    deferred = device.client.submit(requests.reset())
+    why = PeerError(errno.EPROTO, "it keeps what was taken from it")
+    device.client.give_up(why)
+    assert refusal(deferred) == errno.EPROTO
+    assert device.ends == [], "its owner may be who has given it up"
+    device.turn()
+    assert device.ends == [why]
+    device.client.give_up(why)
+    assert ended(device, errno.EPROTO)
+
+
 def test_a_message_in_pieces(device: RawDevice) -> None:
     deferred = device.client.submit(requests.device_info())
     data = reply_to(device.next(), INFO)

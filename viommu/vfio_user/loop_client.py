@@ -7,6 +7,7 @@ import os
 import socket
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from viommu.deferred import Deferred
@@ -233,6 +234,14 @@ class LoopClient:
     def close(self) -> None:
         """End the connection, as its owner; what is outstanding is refused with ENOTCONN."""
         self._end(errno.ENOTCONN, "the connection is closed")
+
+    def give_up(self, why: PeerError) -> None:
+        """End the connection with a device that can't be gone on with.
+
+        What is outstanding is refused with ``why``, of which ``on_closed`` is told.
+        """
+        if self._end(why.errno, str(why)) and self._on_closed is not None:
+            self._loop.call_soon(partial(self._on_closed, why))
 
     # --- what goes out
 
