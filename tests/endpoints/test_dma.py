@@ -185,6 +185,16 @@ def test_a_transfer_that_goes_on_keeps_the_unmap_waiting(world: World) -> None:
         world.dma.read(0, 4)
 
 
+def test_who_leaves_lets_another_session_begin(world: World) -> None:
+    world.dma.views(0, 16, write=True)
+
+    world.dma.leave()
+
+    assert world.mapper.exports.total == 0
+    world.mapper.start_export_session().close()
+    assert world.dma.read(0, 4) == bytes(4)
+
+
 def test_closing_releases_and_forgets(world: World) -> None:
     world.dma.views(0, 16, write=False)
 

@@ -143,6 +143,11 @@ class EndpointDma:
             region.release()
         self._pinned.clear()
 
+    def leave(self) -> None:
+        """Release what is pinned and end the session, so that somebody else may start one."""
+        self.drop_views()
+        self._end()
+
     def close(self) -> None:
         """Release what is pinned and stop listening for faults."""
         self.enabled = False

@@ -56,6 +56,9 @@ class EstateMemory(RingMemory, Protocol):
     def drop_views(self) -> None:
         """Let go of all views."""
 
+    def leave(self) -> None:
+        """Let go of everything, so that another device can have it."""
+
 
 class _State(enum.Enum):
     ALIVE = "alive"
@@ -291,8 +294,7 @@ class Undertaker:
         if self._patrol is not None:
             self._patrol.cancel()
             self._patrol = None
-        self._lines = None if self._state is _State.ALIVE else self._lines
         self._isr = 0
-        if self._queues:
-            self._queues.clear()
-            self._memory.drop_views()
+        self._queues.clear()
+        if self._state is not _State.ALIVE:
+            self._memory.leave()
