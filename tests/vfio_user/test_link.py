@@ -41,6 +41,7 @@ class End:
             max_message=spec.MAX_MESSAGE,
             max_queued=MAX_QUEUED,
             messages_per_turn=4,
+            bytes_per_turn=1000,
         )
 
     def take(self, message: Message) -> bool:
@@ -101,6 +102,14 @@ def test_others_have_their_turn(end: End) -> None:
     end.turn()
     end.turn()
     assert len(end.taken) == 10
+
+
+def test_large_messages_have_fewer_in_a_turn(end: End) -> None:
+    end.socket.send(command_message(1, 1, bytes(600)) * 4)
+    end.turn()
+    assert len(end.taken) == 2
+    end.turn()
+    assert len(end.taken) == 4
 
 
 def test_whoever_expects_no_more_has_the_rest_later(end: End) -> None:

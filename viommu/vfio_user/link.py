@@ -30,7 +30,8 @@ class Link:
     No message is larger than ``max_message``.
 
     A peer is read from even when it doesn't read: it may be busy with sending to us.
-    Only when more than ``max_queued`` bytes wait for it, it must read first.
+    Only when more than ``max_queued`` bytes wait for it, it must read first. In one
+    turn of the loop no more than so many messages, or bytes and a message, are taken.
     """
 
     def __init__(
@@ -43,13 +44,15 @@ class Link:
         max_message: int,
         max_queued: int,
         messages_per_turn: int,
+        bytes_per_turn: int,
     ) -> None:
         self._loop = loop
         self._connection = Connection(sock, max_message)
         self._take = take
         self._lost = lost
         self._max_queued = max_queued
-        self._per_turn = messages_per_turn
+        self._messages_per_turn = messages_per_turn
+        self._bytes_per_turn = bytes_per_turn
         self._closed = self._paused = self._breaking = False
         loop.on_readable(self._connection, self._readable)
 
@@ -107,7 +110,8 @@ class Link:
             self._loop.on_readable(self._connection, self._readable)
 
     def _readable(self) -> None:
-        for _ in range(self._per_turn):
+        left = self._bytes_per_turn
+        for _ in range(self._messages_per_turn):
             if self._connection.queued_bytes > self._max_queued:
                 self._paused = True
                 self._loop.on_readable(self._connection, None)
@@ -127,8 +131,9 @@ class Link:
                 more = self._take(message)
             finally:
                 close_fds(message.fds)
-            if self._closed or not more:
-                return
+            left -= len(message.payload)
+            if self._closed or not more or left <= 0:
+                return  # if there is something after all, the loop says so
 
     def _break(self, number: int, why: str) -> None:
         if not self._closed:

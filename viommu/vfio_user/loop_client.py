@@ -52,8 +52,9 @@ class ClientLimits:
     max_fds: int = 128
     #: How many bytes of requests wait to be read.
     max_queued_bytes: int = 4 << 20
-    #: How many messages are handled before other sockets get their turn.
+    #: How many messages, or bytes of them, are handled before other sockets get their turn.
     messages_per_turn: int = 64
+    bytes_per_turn: int = 1 << 20
 
 
 def dial(path: Path) -> socket.socket:
@@ -338,6 +339,7 @@ class LoopClient:
             # More than requests can make of it are answers that the device has asked for.
             max_queued=limits.max_queued_bytes + self._max_message,
             messages_per_turn=limits.messages_per_turn,
+            bytes_per_turn=limits.bytes_per_turn,
         )
 
     def _take(self, message: Message) -> bool:
