@@ -14,7 +14,10 @@ from viommu import errors
 from viommu.cli.exit_codes import EXIT_CODES
 from viommu.cli.main import COMMANDS, cli
 from viommu.endpoints.edu_registers import EXTENSION_START, Register
+from viommu.spec import vfio_user_iommufd as iommufd
+from viommu.spec._struct import sizeof
 from viommu.spec.vfio_user import Command
+from viommu.spec.vfio_user_iommufd import IommufdCommand
 from viommu.spec.virtio_iommu import Status
 from viommu.vfio_user import requests
 
@@ -28,7 +31,12 @@ PAGES = {
     )
 }
 # Pages whose Python examples are complete and run in the order of the page.
-RUNNABLE = ("docs/embedding.md", "docs/endpoints.md", "docs/vfio-user-client.md")
+RUNNABLE = (
+    "docs/embedding.md",
+    "docs/endpoints.md",
+    "docs/iommufd.md",
+    "docs/vfio-user-client.md",
+)
 
 
 def code_blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -126,6 +134,53 @@ def test_every_command_of_the_client_is_documented_with_its_request() -> None:
         if name in requests.__all__ and isinstance(value, FunctionType)
     }
     assert documented == functions
+
+
+IOMMUFD_MESSAGES = {
+    "ALLOC_IOAS": iommufd.AllocIoas,
+    "DESTROY_IOAS": iommufd.DestroyIoas,
+    "IOAS_MAP": iommufd.IoasMap,
+    "IOAS_UNMAP": iommufd.IoasUnmap,
+    "IOAS_COPY": iommufd.IoasCopy,
+    "BIND": iommufd.Bind,
+    "ATTACH_PT": iommufd.AttachPt,
+    "DETACH_PT": iommufd.DetachPt,
+}
+
+
+def test_every_iommufd_command_is_documented_with_its_layout() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)` \| (\d+) \| (.*?) \|", PAGES["docs/iommufd.md"], re.MULTILINE
+    )
+
+    assert {name: int(number) for number, name, _, _ in rows} == {
+        command.name: command.value for command in IommufdCommand
+    }
+    for _, name, size, fields in rows:
+        message = IOMMUFD_MESSAGES[name]
+        assert int(size) == sizeof(message)
+        assert re.findall(r"`(\w+)`", fields) == [field[0] for field in message._fields_]
+        wide = [field for field, kind in re.findall(r"`(\w+)` \((\w+)\)", fields) if kind == "u64"]
+        assert wide == [f[0] for f in message._fields_ if getattr(message, f[0]).size == 8]
+
+
+def test_every_flag_of_an_iommufd_command_is_documented() -> None:
+    documented = {
+        (name, flag): int(value, 16)
+        for name, cell in re.findall(
+            r"^\| \d+ \| `(\w+)` .*\|(.*)\|$", PAGES["docs/iommufd.md"], re.MULTILINE
+        )
+        for flag, value in re.findall(r"`(\w+)` (0x\w+)", cell)
+    }
+
+    assert documented == {
+        ("IOAS_MAP", "WRITEABLE"): iommufd.MAP_F_WRITEABLE,
+        ("IOAS_MAP", "READABLE"): iommufd.MAP_F_READABLE,
+        ("IOAS_MAP", "FIXED_IOVA"): iommufd.MAP_F_FIXED_IOVA,
+        ("IOAS_UNMAP", "ALL"): iommufd.IOAS_UNMAP_F_ALL,
+        ("ATTACH_PT", "PASID"): iommufd.ATTACH_PT_F_PASID,
+        ("DETACH_PT", "PASID"): iommufd.DETACH_PT_F_PASID,
+    }
 
 
 def test_every_exception_is_documented() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import struct
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -38,7 +40,6 @@ from viommu.vfio_user.ioas_table import IoasLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.vfio_user.register_bank import RegisterBank
     from viommu.loop import Loop
@@ -424,6 +425,38 @@ def test_a_device_that_is_in_no_space_can_t_leave_it(peer: Peer) -> None:
     peer.ok(IommufdCommand.BIND, bind())
 
     assert peer.refused(IommufdCommand.DETACH_PT, detach_pt()) == errno.EINVAL
+
+
+# Commands that have no other reason for EINVAL than those of any command.
+SAYS_NO_MORE = {IommufdCommand.ALLOC_IOAS, IommufdCommand.DESTROY_IOAS, IommufdCommand.BIND}
+
+
+def test_every_errno_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/iommufd.md").read_text()
+    section = page.partition("\n## Errors\n")[2].partition("\n## ")[0]
+    documented: dict[str, set[str]] = {}
+    name = ""
+    for command, number in re.findall(r"^\| (?:`(\w+)`)? ?\| (E\w+) \|", section, re.MULTILINE):
+        name = command or name
+        documented.setdefault(name, set()).add(number)
+
+    # That EINVAL of any command is in a row of its own; ENOSPC is tested below.
+    seen = {
+        command.name: {
+            errno.errorcode[bad.number]
+            for key, bad in BAD.items()
+            if bad.command == command and not key.startswith(command.name)
+        }
+        - ({"EINVAL"} if command in SAYS_NO_MORE else set())
+        for command in IommufdCommand
+    }
+    for command in ("ALLOC_IOAS", "IOAS_MAP", "IOAS_COPY"):
+        seen[command].add("ENOSPC")
+    # ENOTSUP and EOPNOTSUPP are one number, and so is its name here.
+    assert documented == {
+        command: {"ENOTSUP" if n == "EOPNOTSUPP" else n for n in numbers}
+        for command, numbers in seen.items()
+    }
 
 
 # --- limits
