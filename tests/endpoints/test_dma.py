@@ -54,6 +54,14 @@ def world() -> Iterator[World]:
     world.loop.close()
 
 
+def test_nothing_goes_anywhere(world: World) -> None:
+    assert world.dma.read(1 << 60, 0) == b""
+    world.dma.write(1 << 60, b"")
+
+    assert not world.faults
+    assert world.mapper.exports.total == 0
+
+
 def test_data_goes_where_it_is_mapped(world: World) -> None:
     world.dma.write(8, b"hello")
 

@@ -56,6 +56,11 @@ def test_descriptions(description: str, kind: str, options: dict[str, object]) -
         ("edu,hold=-1", r"hold=-1: expected milliseconds"),
         ("blk", r"blk needs path=\.\.\. \(the disk image"),
         ("blk,path=x,readonly=yes", r"readonly=yes: expected on or off"),
+        ("nowhere.at.all:KIND", r"nowhere.at.all:KIND can't be loaded: No module named 'nowhere'"),
+        ("tests.endpoints.own_kind:NONE", r"can't be loaded: .* has no attribute 'NONE'"),
+        (":KIND", r"can't be loaded"),
+        ("tests.endpoints.own_kind:NO_KIND", r"is 'no kind', which is no EndpointKind"),
+        ("tests.endpoints.own_kind:KIND,x=y", r"KIND has no option 'x'"),
     ],
 )
 def test_mistakes_are_explained(description: str, message: str) -> None:
@@ -89,3 +94,11 @@ def test_makes_blk(rig: Rig, tmp_path: Path) -> None:
 def test_what_is_wrong_with_the_file_is_said(rig: Rig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         make_endpoint(f"blk,path={tmp_path}/none", "x", rig.memory, rig.dma, rig.loop)
+
+
+def test_a_kind_of_somebody_else_is_named_by_its_module(rig: Rig) -> None:
+    description = "tests.endpoints.own_kind:KIND"
+    assert parse_endpoint(description) == (description, {})
+    function = make_endpoint(description, "00:06.0", rig.memory, rig.dma, rig.loop)
+    assert isinstance(function, EduFunction)
+    assert function.engine.hold_ms == 7

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from viommu.errors import UsageError
 from viommu.vmm.bdf import Bdf
-from viommu.vmm.qemu import check_directory, format_size, qemu_arguments, socket_name
+from viommu.vmm.qemu import (
+    check_directory,
+    device_argument,
+    format_size,
+    qemu_arguments,
+    socket_name,
+)
 
 
 def sockets(*addresses: str, directory: str = "/run/v") -> dict[Bdf, Path]:
@@ -131,3 +137,15 @@ def test_directories_that_cannot_be_told(directory: str, message: str) -> None:
 @pytest.mark.parametrize("directory", ["/tmp/a,b c", "/tmp/" + "d" * 89, "/tmp/ü"])
 def test_directories_that_can(directory: str) -> None:
     check_directory(Path(directory))
+
+
+def test_a_device_alone_goes_where_qemu_has_room() -> None:
+    assert device_argument(Path("/run/a,b.sock")) == (
+        '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/run/a,b.sock"}}'
+    )
+    assert json.loads(device_argument(Path("/run/x"), {"id": "disk", "addr": "7.0"})) == {
+        "driver": "vfio-user-pci",
+        "id": "disk",
+        "addr": "7.0",
+        "socket": {"type": "unix", "path": "/run/x"},
+    }

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "demo": "Show what a virtio-iommu does, without a virtual machine.",
     "serve": "Serve a virtio-iommu and endpoints behind it to a virtual machine.",
     "run": "Serve, and run QEMU with the right arguments until the guest ends.",
+    "device": "Serve one device, without an IOMMU, to any vfio-user client.",
     "inspect": "Show domains, endpoints, mappings and counters of a running server.",
     "viot": "Build or read the ACPI table that tells a guest what is behind the IOMMU.",
     "doctor": "Say what this host can do, and what is missing.",

@@ -3,7 +3,14 @@
 from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.dma import EndpointDma
 from viommu.endpoints.edu import EduFunction
-from viommu.endpoints.registry import KINDS, EndpointKind, Option, make_endpoint, parse_endpoint
+from viommu.endpoints.registry import (
+    KINDS,
+    EndpointKind,
+    Option,
+    Place,
+    make_endpoint,
+    parse_endpoint,
+)
 
 __all__ = [
     "KINDS",
@@ -12,6 +19,7 @@ __all__ = [
     "EndpointDma",
     "EndpointKind",
     "Option",
+    "Place",
     "make_endpoint",
     "parse_endpoint",
 ]

@@ -101,19 +101,22 @@ class EndpointDma:
             raise
 
     def read(self, iova: int, size: int) -> bytes:
-        """Copy ``size`` bytes from ``iova``.
+        """Copy ``size`` bytes from ``iova``; nothing can be read anywhere.
 
         Raises:
             TranslationFault: Blocked, see :meth:`export`.
             GuestMemoryError: Mapped to what is not memory, or can't be exported now.
         """
+        if not size:
+            return b""
         with self._reach(iova, size, Access.READ) as region:
             return region.read()
 
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` to ``iova``, all of it or nothing; raises as :meth:`read` does."""
-        with self._reach(iova, len(data), Access.WRITE) as region:
-            region.write(data)
+        if len(data):
+            with self._reach(iova, len(data), Access.WRITE) as region:
+                region.write(data)
 
     def views(self, iova: int, size: int, *, write: bool) -> list[memoryview]:
         """Return views of a range that stays exported until :meth:`drop_views` or a fault.

@@ -2,14 +2,15 @@
 
 A description is ``kind[,option=value]...`` as on the command line, such as
 ``blk,path=disk.img,readonly=on``. A comma inside a value is written twice.
-A further kind that is emulated here is one :class:`EndpointKind` in :data:`KINDS`;
-kinds that are devices of the host come from other packages, see
-:mod:`viommu.endpoints.host`.
+A further kind that is emulated here is one :class:`EndpointKind` in :data:`KINDS`, or in
+any module that can be imported: ``package.module:NAME,option=value``. Kinds that are
+devices of the host come from other packages, see :mod:`viommu.endpoints.host`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -76,6 +77,8 @@ def find_kind(name: str) -> EndpointKind | HostKind:
     kind = KINDS.get(name)
     if kind is not None:
         return kind
+    if ":" in name:
+        return _import(name)
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in offered:
         known = ", ".join(sorted({*KINDS, *offered}))
@@ -105,7 +108,8 @@ def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = word.partition("=")
         option = kind.options.get(key)
         if option is None:
-            raise UsageError(f"{name} has no option {key!r}: there are {', '.join(kind.options)}")
+            known = ", ".join(kind.options) or "none"
+            raise UsageError(f"{name} has no option {key!r}: there are {known}")
         if not equals or not value:
             raise UsageError(f"{name}: {key} needs a value ({option.help})")
         if key in options:
@@ -129,10 +133,11 @@ def make_endpoint(
         UsageError: The description is wrong, or a file it names can't be used; or it
             is of a device of the host, which is opened and not made.
     """
-    kind, options = parse_endpoint(description)
-    if kind not in KINDS:
-        raise UsageError(f"{kind} is a device of the host, it can't be emulated")
-    return KINDS[kind].make(Place(name, memory, dma, loop), options)
+    called, options = parse_endpoint(description)
+    kind = find_kind(called)
+    if isinstance(kind, HostKind):
+        raise UsageError(f"{called} is a device of the host, it can't be emulated")
+    return kind.make(Place(name, memory, dma, loop), options)
 
 
 def _load(entry: EntryPoint) -> HostKind:
@@ -142,6 +147,18 @@ def _load(entry: EntryPoint) -> HostKind:
         raise UsageError(f"{entry.name} ({entry.value}) can't be loaded: {error}") from error
     if not isinstance(kind, HostKind):
         raise UsageError(f"{entry.name} ({entry.value}) is {kind!r}, which is no HostKind")
+    return kind
+
+
+def _import(name: str) -> EndpointKind:
+    """Return the kind that ``package.module:NAME`` names."""
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # as in _load
+        raise UsageError(f"{name} can't be loaded: {error} (is it on PYTHONPATH?)") from error
+    if not isinstance(kind, EndpointKind):
+        raise UsageError(f"{name} is {kind!r}, which is no EndpointKind")
     return kind
 
 

@@ -10,6 +10,7 @@ from viommu.vmm.bdf import Bdf
 from viommu.vmm.qemu import (
     MEMORY_REMEDY,
     check_directory,
+    device_argument,
     format_size,
     qemu_arguments,
     socket_name,
@@ -28,6 +29,7 @@ __all__ = [
     "build_viot",
     "check_directory",
     "check_topology",
+    "device_argument",
     "find_qemu",
     "format_size",
     "parse_viot",

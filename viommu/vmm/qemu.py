@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from viommu.errors import UsageError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MEMORY_REMEDY",
     "check_directory",
+    "device_argument",
     "format_size",
     "qemu_arguments",
     "socket_name",
@@ -108,15 +110,22 @@ def qemu_arguments(
     arguments += ["-acpitable", "file=" + os.fspath(viot).replace(",", ",,")]
     crowded = {bdf.device for bdf in sockets if bdf.function}
     for bdf, path in sorted(sockets.items()):
-        device: dict[str, object] = {
-            "driver": "vfio-user-pci",
+        where: dict[str, object] = {
             "id": f"viommu-{bdf.bus:02x}-{bdf.device:02x}-{bdf.function:x}",
             "bus": "pcie.0",
             "addr": f"{bdf.device:x}.{bdf.function:x}",
-            "socket": {"type": "unix", "path": os.fspath(path)},
         }
         if bdf.device in crowded:
-            device["multifunction"] = True
-        # No blanks: the line survives a shell that splits words.
-        arguments += ["-device", json.dumps(device, separators=(",", ":"))]
+            where["multifunction"] = True
+        arguments += ["-device", device_argument(path, where)]
     return arguments
+
+
+def device_argument(path: Path, where: Mapping[str, object] = MappingProxyType({})) -> str:
+    """Return what follows ``-device`` for the device at the socket ``path`` (absolute).
+
+    ``where`` are more properties: the ``bus`` that it is on, its ``addr``, its ``id``.
+    """
+    socket = {"type": "unix", "path": os.fspath(path)}
+    # No blanks: the line survives a shell that splits words.
+    return json.dumps({"driver": "vfio-user-pci", **where, "socket": socket}, separators=(",", ":"))
