@@ -1,4 +1,4 @@
-"""A ``viommu serve`` for a virtual machine of the lab."""
+"""A ``viommu serve`` or ``viommu device`` for a virtual machine of the lab."""
 
 from __future__ import annotations
 
@@ -19,50 +19,38 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-__all__ = ["ViommuServer"]
+__all__ = ["ViommuDevice", "ViommuProcess", "ViommuServer"]
 
 _STOP_SECONDS = 20.0
 
 
-class ViommuServer:
-    """The real server, in a process of its own; a context manager that ends it.
+class ViommuProcess:
+    """A ``viommu`` that serves, with these arguments; a context manager that ends it.
 
-    ``endpoints`` are what ``--endpoint`` takes, by address; ``options`` go to ``viommu serve`` as
-    they are, and ``memory`` to ``--mem``. It dies with the process that started it.
+    What it prints as errors goes to ``log``. It dies with the process that started it.
 
     Raises:
         LabError: It ended before it was ready.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        iommu: str,
-        endpoints: Mapping[str, str],
-        *options: str,
-        memory: str | None = "512M",
-    ) -> None:
-        self.directory = directory
-        self._log = directory.with_name(f"{directory.name}.log")
-        command = [sys.executable, "-m", "viommu.cli.main", "serve", "--dir", str(directory)]
-        command += ["--iommu", iommu, *options, *(["--mem", memory] if memory else [])]
-        for bdf, kind in endpoints.items():
-            command += ["--endpoint", f"{bdf}={kind}"]
-        with self._log.open("ab") as log:
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self._log = log
+        command = [sys.executable, "-m", "viommu.cli.main", *arguments]
+        with log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 leashed(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stderr,
                 text=True,
             )
         assert self._process.stdout is not None
         if not any(line.strip() == "ready" for line in self._process.stdout):
             status = self._process.wait()
             self._process.stdout.close()
-            raise LabError(f"viommu serve ended with {status} before it was ready: {self.log()}")
-        # One for all questions, so that asking doesn't change the server's descriptors.
-        self._control = ControlClient(directory / SOCKET_NAME)
+            raise LabError(
+                f"viommu {arguments[0]} ended with {status} before it was ready: {self.log()}"
+            )
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -76,14 +64,6 @@ class ViommuServer:
     ) -> None:
         """Stop it."""
         self.stop()
-
-    def qemu_arguments(self) -> list[str]:
-        """Return the arguments that connect QEMU."""
-        return (self.directory / "qemu.args").read_text().splitlines()
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return its state, as ``viommu inspect --json`` does."""
-        return self._control.snapshot()
 
     def log(self) -> str:
         """Return what it has printed as errors."""
@@ -101,15 +81,67 @@ class ViommuServer:
                 found[re.sub(r":\[\d+\]$", "", entry.readlink().name)] += 1
         return found
 
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> int:
         """End it with SIGTERM; return its exit status, which is 0 when all went well."""
-        self._control.close()
         self._process.send_signal(signal.SIGTERM)
         try:
             return self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.kill()
             return self._process.wait()
         finally:
             if self._process.stdout is not None:
                 self._process.stdout.close()
+
+
+class ViommuDevice(ViommuProcess):
+    """The stand-alone device of a description, ``KIND[,OPTION=VALUE...]``, on a socket."""
+
+    def __init__(self, description: str, socket: Path) -> None:
+        self.socket = socket
+        super().__init__(
+            socket.with_name(f"{socket.name}.log"), "device", description, "--socket", str(socket)
+        )
+
+
+class ViommuServer(ViommuProcess):
+    """The real server, in a process of its own.
+
+    ``endpoints`` are what ``--endpoint`` takes, by address; ``options`` go to ``viommu serve`` as
+    they are, and ``memory`` to ``--mem``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        iommu: str,
+        endpoints: Mapping[str, str],
+        *options: str,
+        memory: str | None = "512M",
+    ) -> None:
+        self.directory = directory
+        arguments = ["serve", "--dir", str(directory), "--iommu", iommu, *options]
+        arguments += ["--mem", memory] if memory else []
+        for bdf, kind in endpoints.items():
+            arguments += ["--endpoint", f"{bdf}={kind}"]
+        super().__init__(directory.with_name(f"{directory.name}.log"), *arguments)
+        # One for all questions, so that asking doesn't change the server's descriptors.
+        self._control = ControlClient(directory / SOCKET_NAME)
+
+    def qemu_arguments(self) -> list[str]:
+        """Return the arguments that connect QEMU."""
+        return (self.directory / "qemu.args").read_text().splitlines()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return its state, as ``viommu inspect --json`` does."""
+        return self._control.snapshot()
+
+    def stop(self) -> int:
+        """End it with SIGTERM; return its exit status, which is 0 when all went well."""
+        self._control.close()
+        return super().stop()
