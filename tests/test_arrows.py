@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "virtio": GROUND | WAITING | DEVICE | {"memory", "pci", "vfio_user"},
     # Exports for other processes: sockets as those of vfio-user, and no PCI.
     "ipc": GROUND | WAITING | MAPPING | {"memory", "vfio_user"},
-    "endpoints": GROUND | WAITING | MAPPING | SERVING | {"domain", "memory"},
+    "endpoints": GROUND | WAITING | MAPPING | SERVING | {"domain", "ipc", "memory"},
     # What a VMM must be told is bytes and strings.
     "vmm": GROUND,
     # The whole machine, and what looks at it.

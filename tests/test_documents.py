@@ -34,6 +34,7 @@ PAGES = {
 RUNNABLE = (
     "docs/embedding.md",
     "docs/endpoints.md",
+    "docs/export-sessions.md",
     "docs/iommufd.md",
     "docs/vfio-user-client.md",
 )

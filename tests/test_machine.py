@@ -13,8 +13,12 @@ from tests.endpoints import host_kind
 from viommu.device import IommuConfig
 from viommu.endpoints import registry
 from viommu.errors import BackendError, UsageError
+from viommu.ipc.client import ExportClient
 from viommu.loop import Loop
 from viommu.machine import Machine, MachineOptions
+from viommu.testing.guest_ram import GuestRam
+from viommu.testing.serving import LoopThread
+from viommu.vfio_user.client import Client
 from viommu.vmm import Bdf
 
 if TYPE_CHECKING:
@@ -150,6 +154,50 @@ def test_every_choice_is_said(loop: Loop, tmp_path: Path) -> None:
 
     assert {"backend", "guest memory", "ring", "polling", "limits", "page sizes"} <= said
     machine.close()
+
+
+# -- other processes
+
+
+def test_an_endpoint_may_have_a_door_instead_of_a_socket(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu"), (DEV, "external")))
+
+    assert sockets(tmp_path) == ["00:05.0.sock", "00:06.0.sock", "00:08.0.export.sock"]
+    assert set(machine.iommu.endpoints) == {0x30, 0x40}
+    endpoint = json.loads(json.dumps(machine.snapshot()))["endpoints"][1]
+    assert endpoint["connected"] is None
+    assert endpoint["exports"]["socket"] == str(tmp_path / "00:08.0.export.sock")
+    said = dict(machine.choices())
+    assert "00:08.0.export.sock; after 8 s log it" in said["backend of 00:08.0"]
+    machine.close()
+    assert sockets(tmp_path) == []
+
+
+def test_an_endpoint_may_have_a_process_of_its_own(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path, (EDU, "edu,process=own")))
+
+    assert sockets(tmp_path) == ["00:05.0.sock", "00:06.0.sock"]
+    endpoint = json.loads(json.dumps(machine.snapshot()))["endpoints"][0]
+    assert endpoint["connected"] is False
+    pid = endpoint["process"]["pid"]
+    assert f"process {pid}, its own" in dict(machine.choices())["backend"]
+    machine.close()
+
+
+def test_a_door_leads_to_the_memory_of_the_iommu(loop: Loop, tmp_path: Path) -> None:
+    machine = Machine(loop, options(tmp_path, (DEV, "external"), bypass=True))
+    with (
+        LoopThread(loop) as thread,
+        GuestRam(1 << 20) as ram,
+        Client(tmp_path / "00:05.0.sock") as vmm,
+    ):
+        ram.give(vmm)
+        with ExportClient(tmp_path / "00:08.0.export.sock") as client:
+            client.start_export_session().close()
+            (region,) = client.export(0x3000, 16)
+            client.memory.write(region.gpa, b"past the VMM")
+        assert ram.memory.read(0x3000, 12) == b"past the VMM"
+        thread.call(machine.close)
 
 
 # -- devices of the host

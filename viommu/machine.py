@@ -14,6 +14,7 @@ from viommu._version import __version__
 from viommu.device import IommuConfig, VirtioIommu
 from viommu.endpoints.emulated import EmulatedEndpoint
 from viommu.endpoints.host import HostKind, HostPlace
+from viommu.endpoints.opening import EndpointPlace, open_endpoint
 from viommu.endpoints.registry import find_kind, parse_endpoint
 from viommu.errors import Access, UsageError
 from viommu.memory import GuestMemory, MappedFiles
@@ -22,7 +23,7 @@ from viommu.memory.regions import RegionManager
 from viommu.vfio_user import Server
 from viommu.virtio.iommu import VirtioIommuDevice
 from viommu.virtio.pci import VirtioPciFunction
-from viommu.vmm import check_topology, socket_name
+from viommu.vmm import check_topology, door_name, socket_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -199,16 +200,19 @@ class Machine:
     def _add_endpoint(self, bdf: Bdf, description: str) -> None:
         endpoint = self._endpoints.get(bdf)
         if endpoint is None:
-            endpoint = EmulatedEndpoint(
-                description,
+            place = EndpointPlace(
                 str(bdf),
                 self.iommu.config.page_size_mask,
+                self._memory,
                 partial(self.iommu.report_fault, bdf.number),
+                self.options.directory / door_name(bdf),
                 self.loop,
             )
+            endpoint = open_endpoint(description, place)
             self._keep(bdf, endpoint)
         self.iommu.add_endpoint(bdf.number, endpoint.mapper, reserved=endpoint.reserved)
-        self._serve(bdf, endpoint.function)
+        if endpoint.function is not None:
+            self._serve(bdf, endpoint.function)
 
     def _keep(self, bdf: Bdf, endpoint: OpenEndpoint) -> None:
         self._endpoints[bdf] = endpoint
@@ -253,12 +257,14 @@ class Machine:
 
     def _endpoint(self, bdf: Bdf, description: str) -> dict[str, object]:
         seen, endpoint = self.iommu.endpoints[bdf.number], self._endpoints[bdf]
+        server = self._servers.get(bdf)
         return {
             "bdf": str(bdf),
             "id": bdf.number,
             "description": description,
             "backend": endpoint.backend,
-            "connected": self._servers[bdf].connected,
+            # None: there is nothing that a VMM could connect to.
+            "connected": None if server is None else server.connected,
             "kind": seen.kind.value,
             "domain": seen.domain.id if seen.domain else None,
             **endpoint.describe(),

@@ -74,7 +74,10 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -
     before.__enter__()
     before.write("viot.aml", b"old")
     before.write("qemu.args", b"old")
-    for name in ("00:05.0.sock", "control.sock", "other.sock", "00:05.0.socket"):
+    for name in (
+        *("00:05.0.sock", "00:09.0.export.sock", "control.sock"),
+        *("other.sock", "00:05.0.socket", "00:05.0.import.sock"),
+    ):
         bind(path / name)
     (path / "00:06.0.sock").write_text("a file, no socket")
     killed(before)
@@ -82,6 +85,7 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -
     with ServerDirectory(path) as directory:
         directory.write("viot.aml", b"new")
         assert names(path) == [
+            "00:05.0.import.sock",
             "00:05.0.socket",
             "00:06.0.sock",
             "other.sock",

@@ -19,10 +19,10 @@ from viommu.cli.serving import (
     report,
     serving,
 )
-from viommu.endpoints.registry import endpoint_kinds
+from viommu.endpoints.registry import common_options, endpoint_kinds
 from viommu.errors import UsageError
 from viommu.loop import Loop
-from viommu.vmm import Bdf
+from viommu.vmm import Bdf, parse_viot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +111,22 @@ def test_files_are_there_within_the_block(
     assert not path.exists()
 
 
+def test_a_device_of_another_process_is_in_the_table_and_not_on_the_command_line(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "d"
+    wanted = options(path, "--endpoint", "00:06.0=edu", "--endpoint", "00:09.0=external")
+    with contextlib.closing(Loop()) as loop, serving(loop, wanted) as server:
+        arguments = "\n".join(server.qemu_arguments)
+        assert "00:06.0.sock" in arguments
+        assert "00:09.0" not in arguments
+        assert (path / "00:09.0.export.sock").is_socket()
+        table = parse_viot((path / "viot.aml").read_bytes())
+        assert sorted(table.endpoints.values()) == [0x30, 0x48]
+
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -177,6 +193,7 @@ def test_help_names_every_kind_of_endpoint_and_its_options() -> None:
     for name, kind in endpoint_kinds().items():
         assert f"  {name}: {kind.help}" in text
         assert all(f"{option}=..." in text for option in kind.options)
+        assert all(f"{option}=..." in text for option in common_options(kind))
 
 
 def test_a_directory_is_asked_for_before_a_disk_is_opened(

@@ -139,6 +139,58 @@ def test_what_became_of_a_device_of_the_host_is_said(change: dict[str, Any], sai
     assert f"00:06.0 0000:04:00.0 12 - {said} iommufd" in shown(snapshot)
 
 
+def with_door(client: dict[str, Any] | None, socket: str | None = None) -> dict[str, Any]:
+    snapshot = copy.deepcopy(SNAPSHOT)
+    snapshot["endpoints"][1] |= {
+        "connected": None,
+        "exports": {"socket": socket, "policy": "after 8 s log it", "client": client},
+    }
+    return snapshot
+
+
+CLIENT: dict[str, Any] = {
+    "pid": 99,
+    "uid": 1000,
+    "connected": 7300.0,
+    "session": "faulted",
+    "exports": 3,
+    "bytes": 8292,
+    "holds": [[0x1000, 4096, 2, 3.5], [0x8000, 100, 1, 0.25]],
+    "waited for": 3.25,
+    "killed": False,
+}
+
+
+def test_who_holds_what_since_when_is_shown() -> None:
+    lines = shown(with_door(CLIENT, "/run/v/00:07.0.export.sock"), 160)
+
+    assert (
+        "00:07.0 99 1000 2 h faulted 0x1000 4 KiB x2 3.50 s 3.25 s after 8 s log it"
+        " /run/v/00:07.0.export.sock"
+    ) in lines
+    assert "0x8000 100 bytes 0.25 s" in lines
+    assert any(line.startswith("00:07.0 0x38 - blocked") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"waited for": None, "holds": [], "exports": 0}, "00:07.0 99 1000 2 h faulted - - after"),
+        ({"connected": 40.0, "killed": True}, "00:07.0 99 1000 40 s killed 0x1000"),
+        ({"connected": 600.0}, "00:07.0 99 1000 10 min faulted"),
+        ({"exports": 70_000}, "and 69997 more"),
+    ],
+)
+def test_what_a_client_is_doing_is_said(change: dict[str, Any], said: str) -> None:
+    lines = shown(with_door(CLIENT | change), 160)
+
+    assert any(line.startswith(said) for line in lines), lines
+
+
+def test_a_door_that_nobody_uses_is_shown() -> None:
+    assert "00:07.0 - after 8 s log it a pair" in shown(with_door(None), 160)
+
+
 def test_nothing_mapped() -> None:
     snapshot = copy.deepcopy(SNAPSHOT)
     del snapshot["domains"][0]

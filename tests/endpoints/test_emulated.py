@@ -34,6 +34,7 @@ def test_it_is_an_endpoint_of_a_machine(rig: Rig) -> None:
     endpoint: OpenEndpoint = rig.endpoint
 
     assert endpoint.mapper.get_mask() == 0x1000
+    assert endpoint.function is not None
     assert endpoint.function.name == "00:06.0"
     assert endpoint.iova_range == (0, 1 << 64)
     assert "process" in endpoint.backend

@@ -5,11 +5,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.endpoints import host_kind
 from tests.endpoints.rig import Rig, make_rig
 from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.edu import EduFunction
-from viommu.endpoints.registry import KINDS, make_endpoint, parse_endpoint
+from viommu.endpoints.registry import (
+    KINDS,
+    Running,
+    common_options,
+    make_endpoint,
+    parse_endpoint,
+    running,
+    without_common,
+)
 from viommu.errors import UsageError
+from viommu.ipc.hold import HoldPolicy, Measure
 from viommu.spec.virtio_blk import Feature
 from viommu.virtio.pci import VirtioPciFunction
 
@@ -44,7 +54,7 @@ def test_descriptions(description: str, kind: str, options: dict[str, object]) -
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ("", r"no endpoint is called '': there are blk, edu"),
+        ("", r"no endpoint is called '': there are blk, edu, external"),
         ("nvme,path=x", r"no endpoint is called 'nvme': there are blk, edu"),
         ("edu,speed=1", r"edu has no option 'speed': there are hold"),
         ("edu,", r"edu has no option ''"),
@@ -102,3 +112,71 @@ def test_a_kind_of_somebody_else_is_named_by_its_module(rig: Rig) -> None:
     function = make_endpoint(description, "00:06.0", rig.memory, rig.dma, rig.loop)
     assert isinstance(function, EduFunction)
     assert function.engine.hold_ms == 7
+
+
+OWN = HoldPolicy(8.0, Measure.KILL)
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        ("edu", Running(own=False, policy=HoldPolicy(8.0, Measure.WAIT))),
+        ("edu,process=own", Running(own=True, policy=OWN)),
+        ("edu,process=own,hold-limit=0.5", Running(own=True, policy=OWN._replace(limit=0.5))),
+        (
+            "edu,hold-policy=wait,process=own",
+            Running(own=True, policy=OWN._replace(measure=Measure.WAIT)),
+        ),
+        ("external", Running(own=False, policy=HoldPolicy(8.0, Measure.WAIT))),
+        ("external,hold-policy=kill,hold-limit=20", Running(False, HoldPolicy(20, Measure.KILL))),
+    ],
+)
+def test_where_an_endpoint_runs(description: str, expected: Running) -> None:
+    assert running(description) == expected
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("edu,process=other", "process=other: expected own"),
+        ("edu,process=own,hold-limit=0", r"hold-limit=0: expected seconds, more than 0 and up to"),
+        ("edu,process=own,hold-limit=nan", "hold-limit=nan: expected seconds"),
+        ("edu,process=own,hold-limit=1e9", "hold-limit=1e9: expected seconds"),
+        ("edu,process=own,hold-limit=x", "hold-limit=x: expected seconds"),
+        ("external,hold-policy=ask", "hold-policy=ask: expected wait or kill"),
+        ("edu,hold-limit=3", "edu: hold-limit is for process=own"),
+        ("edu,hold-policy=kill", "edu: hold-policy is for process=own"),
+        ("external,process=own", "external has no option 'process'"),
+    ],
+)
+def test_mistakes_about_processes_are_explained(description: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_endpoint(description)
+
+
+@pytest.mark.parametrize(
+    ("description", "kept"),
+    [
+        ("edu", "edu"),
+        ("edu,process=own,hold=3,hold-limit=2,hold-policy=wait", "edu,hold=3"),
+        ("blk,path=/a,,b=c,,,process=own,serial=x", "blk,path=/a,,b=c,,,serial=x"),
+    ],
+)
+def test_what_is_left_for_the_process(description: str, kept: str) -> None:
+    assert without_common(description) == kept
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("edu,process=own", "edu: process=own is for an endpoint behind an IOMMU"),
+        ("external", "external is emulated by another process"),
+    ],
+)
+def test_what_is_not_made_here(rig: Rig, description: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_endpoint(description, "00:06.0", rig.memory, rig.dma, rig.loop)
+
+
+def test_a_device_of_the_host_has_nothing_in_common_with_what_is_emulated() -> None:
+    assert common_options(host_kind.KIND) == {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
+import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -204,3 +207,50 @@ def test_a_text_can_be_printed_and_is_short(text: str) -> None:
     assert shown.isprintable()
     if text.isascii() and text.isprintable():
         assert shown == text[:256]
+
+
+# -- the document that others implement
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "export-sessions.md").read_text()
+BODIES_OF_ANSWERS = {
+    Kind.HELLO: [protocol.WELCOME],
+    Kind.EXPORT: [protocol.EXPORTED, protocol.REGION],
+    Kind.MEMORY: [protocol.LISTED, protocol.SPAN],
+}
+
+
+def sizes(cell: str) -> int:
+    """The sum of the sizes in a cell of the table: numbers in parentheses."""
+    return sum(int(size) for size in re.findall(r"\((\d+)\)", cell))
+
+
+def test_every_packet_is_documented_with_its_size() -> None:
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \| (.*?) \| (.*) \|$", DOCUMENT, re.MULTILINE)
+
+    assert {name: int(number) for number, name, _, _ in rows} == {k.name: k.value for k in Kind}
+    for _, name, request, reply in rows:
+        kind = Kind[name]
+        if kind is not Kind.LEAVE:
+            assert sizes(request) == len(BODIES[kind])
+        parts = reply.split("for each")
+        assert [sizes(part) for part in parts] == [
+            layout.size for layout in BODIES_OF_ANSWERS.get(kind, [struct.Struct("")])
+        ]
+
+
+def test_the_header_and_the_limits_are_documented() -> None:
+    rows = re.findall(r"^\| (kind|error|id) \| (\d) \|", DOCUMENT, re.MULTILINE)
+
+    assert [name for name, _ in rows] == ["kind", "error", "id"]
+    assert sum(int(size) for _, size in rows) == protocol.HEADER.size
+    assert f"at most {protocol.MAX_REQUEST} bytes, answers {protocol.MAX_PACKET};" in DOCUMENT
+    assert f"at most {protocol.MAX_FDS} file descriptors" in DOCUMENT
+    assert f"tag `{protocol.TAG.decode()}`" in DOCUMENT
+    assert f"up to {protocol.MAX_TEXT} bytes" in DOCUMENT
+    assert f"{protocol.FILE_NONE:#x}" in DOCUMENT
+
+
+def test_every_refusal_is_documented() -> None:
+    names = re.findall(r"^\| `(E[A-Z]+)` \|", DOCUMENT, re.MULTILINE)
+
+    assert {getattr(errno, name) for name in names} == set(protocol.Refusal)

@@ -426,8 +426,8 @@ def test_the_description_says_who_holds_what_since_when(rig: Rig) -> None:
 def test_closing_twice_is_harmless(rig: Rig) -> None:
     rig.connect()
     client = client_of(rig)
-    client.close()
-    client.close()
+    client.close("enough")
+    client.close("enough")
 
     assert client.closed
     assert rig.gone == []

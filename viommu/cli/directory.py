@@ -24,7 +24,9 @@ QEMU_ARGUMENTS: Final = "qemu.args"
 
 _LOCK: Final = "viommu.pid"
 _CREATED: Final = "created by viommu"
-_SOCKET: Final = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\.sock|" + re.escape(SOCKET_NAME))
+_SOCKET: Final = re.compile(
+    r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7](\.export)?\.sock|" + re.escape(SOCKET_NAME)
+)
 
 
 class ServerDirectory:

@@ -21,7 +21,8 @@ from viommu.cli.parameters import (
     parsed,
 )
 from viommu.control import SOCKET_NAME, ControlServer
-from viommu.endpoints.registry import endpoint_kinds
+from viommu.endpoints.opening import has_function
+from viommu.endpoints.registry import KINDS, common_options, endpoint_kinds
 from viommu.machine import Machine, MachineOptions
 from viommu.vmm import (
     MEMORY_REMEDY,
@@ -35,6 +36,7 @@ from viommu.vmm import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from viommu.endpoints.registry import Option
     from viommu.loop import Loop
 
 __all__ = ["ServeOptions", "Serving", "endpoint_help", "machine_options", "report", "serving"]
@@ -100,8 +102,15 @@ def endpoint_help() -> str:
     lines = ["\b", "Kinds of endpoints:"]
     for name, kind in endpoint_kinds().items():
         lines.append(f"  {name}: {kind.help}")
-        lines += (f"      {option}=...  {about.help}" for option, about in kind.options.items())
+        lines += _option_lines(kind.options)
+    emulated = next(kind for kind in KINDS.values() if kind.make is not None)
+    lines += ["", "  Options of all kinds that are emulated here (the last two also of external):"]
+    lines += _option_lines(common_options(emulated))
     return "\n".join(lines)
+
+
+def _option_lines(options: Mapping[str, Option]) -> list[str]:
+    return [f"      {name}=...  {option.help}" for name, option in options.items()]
 
 
 class ServeOptions(NamedTuple):
@@ -155,10 +164,11 @@ def serving(loop: Loop, options: ServeOptions) -> Iterator[Serving]:
     """
     machine_options = options.machine
     path = machine_options.directory
-    functions = [machine_options.iommu, *(bdf for bdf, _ in machine_options.endpoints)]
+    iommu, endpoints = machine_options.iommu, machine_options.endpoints
+    served = [iommu, *(bdf for bdf, text in endpoints if has_function(text))]
     with contextlib.ExitStack() as stack:
         arguments = qemu_arguments(
-            {bdf: path / socket_name(bdf) for bdf in functions},
+            {bdf: path / socket_name(bdf) for bdf in served},
             path / VIOT,
             options.memory,
             blocked_at_boot=not machine_options.config.boot_bypass,
@@ -171,7 +181,7 @@ def serving(loop: Loop, options: ServeOptions) -> Iterator[Serving]:
         stack.callback(machine.close)
         control = ControlServer(loop, path / SOCKET_NAME, machine.snapshot)
         stack.callback(control.close)
-        directory.write(VIOT, build_viot(functions[0], functions[1:]))
+        directory.write(VIOT, build_viot(iommu, [bdf for bdf, _ in endpoints]))
         directory.write(QEMU_ARGUMENTS, "".join(f"{line}\n" for line in arguments).encode())
         yield Serving(loop, options, machine, arguments)
 

@@ -40,6 +40,7 @@ def view(snapshot: Mapping[str, Any]) -> Group:
         _iommu(snapshot["iommu"]),
         _domains(snapshot["domains"]),
         _endpoints(snapshot["endpoints"]),
+        _export_sessions(snapshot["endpoints"]),
         _host_devices(snapshot["endpoints"]),
         _counters(snapshot["endpoints"]),
     )
@@ -130,6 +131,51 @@ def _endpoints(endpoints: list[Mapping[str, Any]]) -> Table | Text:
     return table
 
 
+def _export_sessions(endpoints: list[Mapping[str, Any]]) -> Table | Text:
+    """Show the processes that have export sessions, and what they hold; if there may be any."""
+    doors = [(endpoint, endpoint["exports"]) for endpoint in endpoints if "exports" in endpoint]
+    if not doors:
+        return Text()
+    table = _table(
+        "Export sessions of other processes", "address", "process", "user", "here for", "session",
+        "holds", "for", "waited for", "policy", "socket",
+        right=("process", "user", "here for", "for", "waited for"), wrap="socket",
+    )  # fmt: skip
+    for endpoint, door in doors:
+        client = door["client"]
+        where = door["policy"], door["socket"] or "a pair"
+        if client is None:
+            table.add_row(endpoint["bdf"], "-", "", "", "", "", "", "", *where, style="dim")
+            continue
+        held, waited = client["holds"], client["waited for"]
+        lines = [(_held(row[:3]), _seconds(row[3])) for row in held[:_SHOWN]]
+        if more := client["exports"] - sum(times for _, _, times, _ in held[:_SHOWN]):
+            lines.append((f"and {more} more", ""))
+        table.add_row(
+            endpoint["bdf"],
+            str(client["pid"]),
+            str(client["uid"]),
+            _seconds(client["connected"]),
+            "killed" if client["killed"] else client["session"],
+            "\n".join(what for what, _ in lines) or "-",
+            "\n".join(seconds for _, seconds in lines),
+            Text(
+                "-" if waited is None else _seconds(waited), style="" if waited is None else "red"
+            ),
+            *where,
+        )
+    return table
+
+
+def _seconds(seconds: float) -> str:
+    """Write a time as one reads it: ``0.25 s``, ``12 s``, ``3 min``, ``5 h``."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
 def _counters(endpoints: list[Mapping[str, Any]]) -> Table | Text:
     if not endpoints:
         return Text()
@@ -170,7 +216,9 @@ def _held(held: list[int]) -> str:
     return f"{iova:#x} {about(size)}{times}"
 
 
-def _connected(connected: bool) -> Text:  # noqa: FBT001  # one word of JSON
+def _connected(connected: bool | None) -> Text:  # noqa: FBT001  # one word of JSON
+    if connected is None:
+        return Text("-")  # its device is not served here
     return Text("here", style="green") if connected else Text("away", style="dim")
 
 

@@ -64,8 +64,8 @@ class OpenEndpoint(Protocol):
         """The first IOVA that can be mapped, and the one behind the last."""
 
     @property
-    def function(self) -> ServedDevice:
-        """What is served."""
+    def function(self) -> ServedDevice | None:
+        """What is served; ``None`` if the device is somebody else's, and only its DMA is ours."""
 
     def describe(self) -> dict[str, object]:
         """Return its state, ready for JSON: ``counters``, and what else there is to say."""

@@ -20,6 +20,7 @@ from viommu.endpoints.edu import EduFunction
 from viommu.endpoints.edu_registers import MAX_HOLD_MS
 from viommu.endpoints.host import ENTRY_POINTS, HostKind
 from viommu.errors import UsageError
+from viommu.ipc.hold import DEFAULT_LIMIT, HoldPolicy, Measure
 from viommu.virtio.pci import VirtioPciFunction
 
 if TYPE_CHECKING:
@@ -36,11 +37,17 @@ __all__ = [
     "EndpointKind",
     "Option",
     "Place",
+    "Running",
+    "common_options",
     "endpoint_kinds",
     "find_kind",
     "make_endpoint",
     "parse_endpoint",
+    "running",
+    "without_common",
 ]
+
+_MAX_HOLD_LIMIT: Final = 3600.0  # seconds
 
 
 class Place(NamedTuple):
@@ -61,11 +68,21 @@ class Option(NamedTuple):
 
 
 class EndpointKind(NamedTuple):
-    """A kind that is emulated here; ``make`` gets the parsed options by name, if given."""
+    """A kind that is emulated here; ``make`` gets the parsed options by name, if given.
+
+    Without ``make`` the device is somebody else's, and only its DMA comes here.
+    """
 
     help: str
     options: Mapping[str, Option]
-    make: Callable[[Place, Mapping[str, Any]], PciFunction]
+    make: Callable[[Place, Mapping[str, Any]], PciFunction] | None
+
+
+class Running(NamedTuple):
+    """Whether an endpoint has a process of its own, and what is done if that holds memory."""
+
+    own: bool
+    policy: HoldPolicy
 
 
 def find_kind(name: str) -> EndpointKind | HostKind:
@@ -103,12 +120,13 @@ def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
     """
     name, *words = _split(description)
     kind = find_kind(name)
+    possible = {**kind.options, **common_options(kind)}
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        option = kind.options.get(key)
+        option = possible.get(key)
         if option is None:
-            known = ", ".join(kind.options) or "none"
+            known = ", ".join(possible) or "none"
             raise UsageError(f"{name} has no option {key!r}: there are {known}")
         if not equals or not value:
             raise UsageError(f"{name}: {key} needs a value ({option.help})")
@@ -121,7 +139,38 @@ def parse_endpoint(description: str) -> tuple[str, dict[str, Any]]:
     for key, option in kind.options.items():
         if option.required and key not in options:
             raise UsageError(f"{name} needs {key}=... ({option.help})")
+    for key in ("hold-limit", "hold-policy"):
+        if "process" in possible and key in options and "process" not in options:
+            raise UsageError(f"{name}: {key} is for process=own")
     return name, options
+
+
+def common_options(kind: EndpointKind | HostKind) -> Mapping[str, Option]:
+    """Return the options that a kind has in common with others."""
+    if isinstance(kind, HostKind):
+        return {}
+    return _HOLD_OPTIONS if kind.make is None else {**_PROCESS_OPTIONS, **_HOLD_OPTIONS}
+
+
+def running(description: str) -> Running:
+    """Return where an endpoint runs, by the options that kinds have in common.
+
+    Raises:
+        UsageError: The description is wrong.
+    """
+    _, options = parse_endpoint(description)
+    own = "process" in options
+    # A process that we started we may also end; one that isn't ours only if we are told to.
+    measure = options.get("hold-policy", Measure.KILL if own else Measure.WAIT)
+    return Running(own, HoldPolicy(options.get("hold-limit", DEFAULT_LIMIT), measure))
+
+
+def without_common(description: str) -> str:
+    """Return a description without the options that kinds have in common."""
+    name, *words = _split(description)
+    common = common_options(find_kind(name))
+    kept = [word for word in words if word.partition("=")[0] not in common]
+    return ",".join(word.replace(",", ",,") for word in (name, *kept))
 
 
 def make_endpoint(
@@ -137,6 +186,10 @@ def make_endpoint(
     kind = find_kind(called)
     if isinstance(kind, HostKind):
         raise UsageError(f"{called} is a device of the host, it can't be emulated")
+    if kind.make is None:
+        raise UsageError(f"{called} is emulated by another process, it can't be here")
+    if "process" in options:
+        raise UsageError(f"{called}: process=own is for an endpoint behind an IOMMU")
     return kind.make(Place(name, memory, dma, loop), options)
 
 
@@ -175,6 +228,32 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
+def _own(value: str) -> str:
+    """Read ``own``, the only value so far."""
+    if value != "own":
+        raise UsageError("expected own")
+    return value
+
+
+def _seconds(value: str) -> float:
+    """Read a number of seconds that something may take."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _MAX_HOLD_LIMIT:
+        raise UsageError(f"expected seconds, more than 0 and up to {_MAX_HOLD_LIMIT:g}")
+    return seconds
+
+
+def _measure(value: str) -> Measure:
+    """Read what is done about a client that does not let go."""
+    try:
+        return Measure(value)
+    except ValueError:
+        raise UsageError("expected wait or kill") from None
+
+
 def _milliseconds(value: str) -> int:
     """Read a hold time."""
     if not value.isdecimal() or int(value) > MAX_HOLD_MS:
@@ -199,6 +278,17 @@ def _make_blk(place: Place, options: Mapping[str, Any]) -> PciFunction:
     return VirtioPciFunction(place.name, place.memory, device, place.dma)
 
 
+_PROCESS_OPTIONS: Final = {
+    "process": Option(_own, "own: the endpoint runs in a process of its own"),
+}
+_HOLD_OPTIONS: Final = {
+    "hold-limit": Option(
+        _seconds,
+        f"how long that may hold memory that the guest has unmapped, seconds ({DEFAULT_LIMIT:g})",
+    ),
+    "hold-policy": Option(_measure, "then wait on, and log it; or kill it"),
+}
+
 KINDS: Final[dict[str, EndpointKind]] = {
     "edu": EndpointKind(
         "QEMU's educational device, a DMA engine that can hold a transfer open",
@@ -215,5 +305,12 @@ KINDS: Final[dict[str, EndpointKind]] = {
             "serial": Option(str, "what the guest sees as serial number, up to 20 characters"),
         },
         _make_blk,
+    ),
+    "external": EndpointKind(
+        "a device that another process emulates, which uses memory by export sessions",
+        {
+            "socket": Option(Path, "where it connects; DIR/BDF.export.sock by default"),
+        },
+        None,
     ),
 }

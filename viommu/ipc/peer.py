@@ -54,6 +54,14 @@ class PeerProcess:
         """
         return cls(pid, os.geteuid(), os.pidfd_open(pid))
 
+    def copy(self) -> PeerProcess:
+        """Return the same process with a pidfd of its own.
+
+        Raises:
+            OSError: This process may open no more file descriptors.
+        """
+        return PeerProcess(self.pid, self.uid, os.dup(self._pidfd))
+
     def fileno(self) -> int:
         """Return the pidfd, readable once the process has ended; -1 if there is none."""
         return self._pidfd

@@ -42,6 +42,7 @@ __all__ = [
     "MAX_FDS",
     "MAX_PACKET",
     "MAX_REQUEST",
+    "MAX_TEXT",
     "RANGE",
     "REGION",
     "REGIONS_A_PACKET",
@@ -80,7 +81,7 @@ VERSION: Final = (1, 0)
 MAX_REQUEST: Final = 512  # bytes of a packet to the server
 MAX_PACKET: Final = 49152  # bytes of a packet to the client: a default socket buffer takes four
 MAX_FDS: Final = 16  # file descriptors of a packet
-_MAX_TEXT: Final = 256
+MAX_TEXT: Final = 256  # bytes of a text
 
 HEADER: Final = struct.Struct("<HHI")  # kind, error, id
 HELLO: Final = struct.Struct("<4sHH")  # TAG, major, minor
@@ -344,7 +345,7 @@ def decode_welcome(body: bytes) -> Welcome:
 
 def encode_text(text: str) -> bytes:
     """Return a text as bytes, cut to what is allowed."""
-    return text.encode(errors="replace")[:_MAX_TEXT]
+    return text.encode(errors="replace")[:MAX_TEXT]
 
 
 def decode_access(value: int) -> Access:
@@ -371,7 +372,7 @@ def _rows(
 
 def _text(data: bytes) -> str:
     """Decode a text; what can't be printed is escaped, so that it may go into a log."""
-    text = data[:_MAX_TEXT].decode(errors="replace")
+    text = data[:MAX_TEXT].decode(errors="replace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

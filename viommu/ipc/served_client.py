@@ -77,6 +77,11 @@ class ServedClient:
         """Whether the client has closed its end; what it sent may still be unread."""
         return self._packets.hung_up
 
+    @property
+    def farewell(self) -> str:
+        """Why the client leaves, in its own words; empty if it did not say."""
+        return self._conversation.farewell
+
     def finish_departed(self) -> None:
         """Handle the last requests of the client if it has hung up, and let it go."""
         while not self.closed and self.hung_up:
@@ -104,7 +109,7 @@ class ServedClient:
             "killed": self._killed,
         }
 
-    def close(self, why: str = "the server is closing") -> None:
+    def close(self, why: str) -> None:
         """Release all that the client holds and disconnect it; closing twice is harmless."""
         if self.closed:
             return
@@ -121,8 +126,8 @@ class ServedClient:
         self.process.close()
 
     def _gone(self, why: str) -> None:
-        if self._conversation.farewell:
-            why = f"{why} ({self._conversation.farewell})"
+        if self.farewell:
+            why = f"{why} ({self.farewell})"
         self.close(why)
         self._on_gone(why)
 

@@ -66,6 +66,8 @@ class ExportServer:
         #: How many clients have come, and how many were turned away.
         self.clients = 0
         self.turned_away = 0
+        #: Why the client before left, in its own words.
+        self.farewell = ""
         self._loop = loop
         self._setup = ConversationSetup(
             mapper, memory, report, limits or ExportLimits(), self.counters
@@ -110,6 +112,12 @@ class ExportServer:
             on_gone=self._gone,
         )
 
+    def end_client(self, why: str) -> None:
+        """Release what the client holds and disconnect it: it has ended, and its memory with it."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close(why)
+
     def describe(self) -> dict[str, object]:
         """Return who is served, what is held, and the counters, ready for JSON."""
         return {
@@ -129,9 +137,7 @@ class ExportServer:
 
     def close(self) -> None:
         """Disconnect the client, releasing what it holds, and stop listening."""
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        self.end_client("the server is closing")
         if self._listener is not None and self._listener.fileno() >= 0:
             self._loop.forget(self._listener)
             self._listener.close()
@@ -170,6 +176,8 @@ class ExportServer:
             _log.warning("%s: a client is turned away: %s", self.name, error)
 
     def _gone(self, why: str) -> None:
+        if self._client is not None:
+            self.farewell = self._client.farewell
         self._client = None
         if self._on_gone is not None:
             self._on_gone(why)

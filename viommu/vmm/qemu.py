@@ -23,6 +23,7 @@ __all__ = [
     "MEMORY_REMEDY",
     "check_directory",
     "device_argument",
+    "door_name",
     "format_size",
     "qemu_arguments",
     "socket_name",
@@ -34,7 +35,7 @@ MEMORY_REMEDY: Final = (
 """What to add to a QEMU command line so that guest memory can be shared with us."""
 
 _SUN_PATH_MAX: Final = 107  # sizeof(sockaddr_un.sun_path) less the NUL, unix(7)
-_LONGEST_NAME: Final = "control.sock"
+_LONGEST_NAME: Final = "00:00.0.export.sock"
 _MEBIBYTE: Final = 1 << 20
 _UNITS: Final = ((1 << 40, "T"), (1 << 30, "G"), (_MEBIBYTE, "M"), (1 << 10, "K"))
 
@@ -42,6 +43,11 @@ _UNITS: Final = ((1 << 40, "T"), (1 << 30, "G"), (_MEBIBYTE, "M"), (1 << 10, "K"
 def socket_name(bdf: Bdf) -> str:
     """Return the file name of the socket of the function at ``bdf``: ``00:05.0.sock``."""
     return f"{bdf}.sock"
+
+
+def door_name(bdf: Bdf) -> str:
+    """Return the file name of the export socket of an endpoint: ``00:09.0.export.sock``."""
+    return f"{bdf}.export.sock"
 
 
 def format_size(size: int) -> str:
