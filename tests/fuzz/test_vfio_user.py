@@ -8,13 +8,15 @@ import random
 import socket
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import pytest
 
 from tests.vfio_user.register_bank import RegisterBank
+from viommu.deferred import Deferred
+from viommu.errors import PeerError
 from viommu.loop import Loop
-from viommu.memory import MappedFiles
+from viommu.memory import GuestMemory, MappedFiles
 from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
@@ -24,6 +26,8 @@ from viommu.vfio_user.protocol import Capabilities, Message, MessageReader, enco
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+T = TypeVar("T")
 
 MESSAGES: Final = 10_000
 PAGE: Final = 4096
@@ -42,6 +46,69 @@ class SteadyBank(RegisterBank):
     def _misbehave(self, index: int, offset: int) -> None:
         pass
 
+    def settle(self) -> bool:
+        """Finish something that was left to be done later; return whether there was anything."""
+        return False
+
+
+class SlowBank(SteadyBank):
+    """A steady bank that leaves some of what it is asked for until :meth:`settle`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = SlowMemory(self.later)
+        self.random = random.Random(2)
+        self.left: list[tuple[Deferred[Any], Any]] = []
+        self.settled = 0
+
+    def later(self, value: T) -> T | Deferred[T]:
+        if self.random.random() < 0.7:
+            return value
+        deferred: Deferred[T] = Deferred()
+        self.left.append((deferred, value))
+        return deferred
+
+    def region_read(self, index: int, offset: int, count: int) -> bytes | Deferred[bytes]:
+        data = super().region_read(index, offset, count)
+        assert isinstance(data, bytes)
+        return self.later(data)
+
+    def region_write(self, index: int, offset: int, data: bytes) -> Deferred[None] | None:
+        super().region_write(index, offset, data)
+        return self.later(None)
+
+    def reset(self) -> Deferred[None] | None:
+        super().reset()
+        return self.later(None)
+
+    def settle(self) -> bool:
+        """Finish something, well or not, whoever may have gone since."""
+        if not self.left:
+            return False
+        self.settled += 1
+        deferred, value = self.left.pop(self.random.randrange(len(self.left)))
+        if self.random.random() < 0.8:
+            deferred.resolve(value)
+        else:
+            deferred.refuse(PeerError(5, "it went wrong"))
+        return True
+
+
+class SlowMemory(GuestMemory):
+    """Guest memory that somebody may hold when it is unmapped."""
+
+    def __init__(self, later: Callable[[None], Deferred[None] | None]) -> None:
+        super().__init__()
+        self._later = later
+
+    def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
+        super().unmap(gpa, size)
+        return self._later(None)
+
+    def unmap_all(self) -> Deferred[None] | None:
+        super().unmap_all()
+        return self._later(None)
+
 
 class Shot(NamedTuple):
     """A message that may be right."""
@@ -54,15 +121,18 @@ class Shot(NamedTuple):
 class Fuzzer:
     """A client that means no good, but knows the protocol."""
 
-    def __init__(self, server: Server, loop: Loop, seed: int) -> None:
+    hello = QEMU
+
+    def __init__(self, server: Server, loop: Loop, bank: SteadyBank, seed: int) -> None:
         self.server = server
+        self.bank = bank
         self.loop = loop
         self.random = random.Random(seed)
         self.sent = self.connections = self.replies = 0
         self.fds = self._fds()
         self.socket: socket.socket | None = None
         self.templates: list[Callable[[], Shot]] = [
-            lambda: Shot(Command.VERSION, self.random.choice([QEMU, QEMU[:4], QEMU[:-1], b""])),
+            self._version,
             *[self._dma_map] * 3,
             *[self._dma_unmap] * 3,
             *[self._set_irqs] * 3,
@@ -82,6 +152,8 @@ class Fuzzer:
 
     def step(self) -> None:
         """Send something and look at what comes back."""
+        if self.random.random() < 0.3:
+            self.bank.settle()
         if self.socket is None:
             self.connect()
         self.sent += 1
@@ -137,6 +209,10 @@ class Fuzzer:
 
     def _below(self, limit: int) -> int:
         return self.random.randrange(limit)
+
+    def _version(self) -> Shot:
+        hello = self.hello
+        return Shot(Command.VERSION, self.random.choice([hello, hello[:4], hello[:-1], b""]))
 
     def _dma_map(self) -> Shot:
         gpa, size = self._range()
@@ -195,7 +271,7 @@ class Fuzzer:
         self.lost = False
         if self.random.random() < polite:
             self.expected.append(1)
-            self.send(spec.HEADER.pack(1, 1, 16 + len(QEMU), 0, 0) + QEMU)
+            self.send(spec.HEADER.pack(1, 1, 16 + len(self.hello), 0, 0) + self.hello)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send, in one piece or in two."""
@@ -224,8 +300,10 @@ class Fuzzer:
             try:
                 data, fds, _ = receive(self.socket, self.reader.wanted)
             except BlockingIOError:
-                assert self.lost or not self.expected, "a command was not answered"
-                return
+                if self.lost or not self.expected:
+                    return
+                assert self.bank.settle(), "a command was not answered"
+                continue
             except ConnectionResetError:
                 data, fds = b"", []
             for fd in fds:
@@ -287,9 +365,9 @@ def memory_use() -> tuple[int, int]:
     return int(pages[0]) * PAGE, int(pages[1]) * PAGE
 
 
-@pytest.fixture
-def bank() -> Iterator[SteadyBank]:
-    bank = SteadyBank()
+@pytest.fixture(params=[SteadyBank, SlowBank])
+def bank(request: pytest.FixtureRequest) -> Iterator[SteadyBank]:
+    bank: SteadyBank = request.param()
     yield bank
     bank.close()
 
@@ -303,7 +381,7 @@ def files() -> MappedFiles:
 def fuzzer(bank: SteadyBank, files: MappedFiles, tmp_path: Path) -> Iterator[Fuzzer]:
     loop = Loop()
     server = Server(loop, bank, tmp_path / "s", files)
-    fuzzer = Fuzzer(server, loop, seed=1)
+    fuzzer = Fuzzer(server, loop, bank, seed=1)
     yield fuzzer
     fuzzer.close()
     server.close()
@@ -322,6 +400,8 @@ def test_random_messages_leave_the_server_as_it_was(
     while fuzzer.sent < MESSAGES:
         fuzzer.step()
     fuzzer.leave()
+    while bank.settle():
+        pass
     gc.collect()
     assert open_fds() == fds_before
     assert bank.memory.regions() == []
@@ -334,6 +414,8 @@ def test_random_messages_leave_the_server_as_it_was(
     assert counters.messages > MESSAGES // 2
     assert MESSAGES // 10 < counters.refused < counters.messages
     assert min(counters.dma_maps, counters.dma_unmaps, counters.resets, fuzzer.connections) > 50
+    if isinstance(bank, SlowBank):
+        assert bank.settled > MESSAGES // 20
     fuzzer.connect(polite=1)
     fuzzer.look()
     assert fuzzer.server.connected
