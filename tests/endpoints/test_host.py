@@ -39,7 +39,7 @@ def test_a_kind_of_another_package_is_found_and_parsed(offer: Callable[[Offer], 
 
     assert find_kind("dev") is host_kind.KIND
     assert parse_endpoint("dev,bits=40") == ("dev", {"bits": 40})
-    assert list(endpoint_kinds()) == ["edu", "blk", "dev"]
+    assert list(endpoint_kinds()) == ["edu", "blk", "external", "dev"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_kind_that_can_not_be_loaded_does_not_hide_the_others(
 ) -> None:
     offer({"bad": "tests.endpoints.nowhere:KIND", "dev": "tests.endpoints.host_kind:KIND"})
 
-    assert list(endpoint_kinds()) == ["edu", "blk", "dev"]
+    assert list(endpoint_kinds()) == ["edu", "blk", "external", "dev"]
 
 
 def test_a_kind_of_ours_can_not_be_replaced(offer: Callable[[Offer], None]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.ipc.rig import PAGE, RawClient, Rig, make_rig
+from viommu.errors import PeerError
 from viommu.ipc import protocol
 from viommu.ipc.conversation import ExportLimits
 from viommu.ipc.hold import HoldPolicy, Measure
@@ -399,6 +400,31 @@ def test_a_killed_process_whose_socket_closes_first_is_gone(
 
         assert rig.gone == ["closed by the client"]
         assert child.poll() is None
+
+
+def test_after_the_kill_the_end_of_the_process_counts_and_not_that_of_its_socket(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Rig(policy=KILL) as rig:
+        client = rig.connect(PeerProcess.of_child(child.pid))
+        client.start().close()
+        client.export(0x10000, PAGE)
+        resolution = rig.unmap(0x10000, 4 * PAGE)
+        assert resolution is not None
+        process = client_of(rig).process
+        monkeypatch.setattr(process, "kill", lambda: True)  # a signal that takes its time
+        rig.advance(LIMIT)
+        client.close()
+        with pytest.raises(PeerError, match="is the client here"):
+            rig.connect(PeerProcess.of_child(child.pid))
+        states = [resolution.is_set(), bool(rig.gone)]
+        monkeypatch.undo()
+        process.kill()
+        turn_until_gone(rig.loop, rig)
+
+        assert states == [False, False]
+        assert resolution.is_set()
+        assert child.wait() == -9
 
 
 def test_the_description_says_who_holds_what_since_when(rig: Rig) -> None:

@@ -84,7 +84,7 @@ class ServedClient:
 
     def finish_departed(self) -> None:
         """Handle the last requests of the client if it has hung up, and let it go."""
-        while not self.closed and self.hung_up:
+        while not (self.closed or self._killed) and self.hung_up:
             if self._ending or self._packets.backlog:
                 self._gone("closed by the client")
             else:
@@ -126,6 +126,13 @@ class ServedClient:
         self.process.close()
 
     def _gone(self, why: str) -> None:
+        if self._killed:
+            # Its end is what counts, and not that of the connection, which may be earlier.
+            self._loop.forget(self._packets)
+        else:
+            self._finish(why)
+
+    def _finish(self, why: str) -> None:
         if self.farewell:
             why = f"{why} ({self.farewell})"
         self.close(why)
@@ -137,7 +144,7 @@ class ServedClient:
         """Handle the requests that have arrived, up to a turn's worth of them or of answers."""
         answered = 0
         for _ in range(self._limits.messages_per_turn):
-            if self.closed or self._ending or self._packets.backlog or answered > MAX_PACKET:
+            if self._packets.backlog or answered > MAX_PACKET:
                 return
             try:
                 data = self._packets.receive()
@@ -148,12 +155,13 @@ class ServedClient:
                 self._packets.send(packets)
             except EOFError as error:
                 self._gone(str(error))
+                return
             except PeerError as error:
                 self._hang_up(str(error))
-            else:
-                self._pause_unless_read()
-                if not self._conversation.holds:
-                    self._watch.stop()
+                return
+            self._pause_unless_read()
+            if not self._conversation.holds:
+                self._watch.stop()
 
     def _pause_unless_read(self) -> None:
         if self._packets.backlog:
@@ -244,4 +252,4 @@ class ServedClient:
         )  # fmt: skip
 
     def _ended(self) -> None:
-        self._gone("it was killed because it did not let go")
+        self._finish("it was killed because it did not let go")
