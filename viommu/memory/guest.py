@@ -39,6 +39,11 @@ class MemoryRegion(NamedTuple):
         """Return whether there is a file, without which the memory is out of reach."""
         return self.file is not None
 
+    @property
+    def access(self) -> str:
+        """Return what is allowed, as ``rw``, ``r-``, ``-w`` or ``--``."""
+        return ("r" if self.readable else "-") + ("w" if self.writable else "-")
+
 
 class _Region:
     """A region with the slice of its file that accesses need."""
@@ -138,8 +143,9 @@ class GuestMemory:
     def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
         """Remove the region ``[gpa, gpa + size)``.
 
-        It is gone on return. A memory that others hold parts of says with a deferred
-        result when they have let go: only then may the VMM be told.
+        It is gone on return. Memory that others can hold is gone when they have let
+        go, and for everybody else on return: then the result is deferred, and the VMM
+        may be told when it is there.
 
         Raises:
             PeerError: ENOENT, no region is exactly that.
