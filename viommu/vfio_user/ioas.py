@@ -117,8 +117,9 @@ class Ioas:
     def clear(self) -> list[IoasMapping]:
         """Remove and return every mapping."""
         removed = list(self._mappings.values())
-        for mapping in removed:
-            self.unmap(mapping.iova, mapping.size)
+        self._mappings.clear()
+        self._space.clear()
+        self._free = FreeIova(self._free.apertures)
         return removed
 
     def _allocate(self, size: int, in_page: int) -> int:
