@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from viommu.deferred import Deferred
     from viommu.vfio_user.dma_service import DmaPort
-    from viommu.vfio_user.protocol import Capabilities
     from viommu.vfio_user.requests import Request
 
 T = TypeVar("T")
@@ -26,14 +25,12 @@ T = TypeVar("T")
 class BackgroundClient(Client):
     """A :class:`Client` for drivers that wait for interrupts while the device asks for memory."""
 
-    def __init__(
-        self, path: Path, memory: DmaPort | None = None, *, offers: Capabilities | None = None
-    ) -> None:
+    def __init__(self, path: Path, memory: DmaPort | None = None) -> None:
         self._closed = False
         self._closing = contextlib.ExitStack()
         self._thread = self._closing.enter_context(LoopThread())
         self._link = self._thread.call(
-            lambda: LoopClient(self._thread.loop, dial(path), memory=memory, offers=offers)
+            lambda: LoopClient(self._thread.loop, dial(path), memory=memory)
         )
         self._closing.callback(lambda: self._thread.call(self._link.close))
         self._join(self._link.negotiated)

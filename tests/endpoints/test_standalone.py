@@ -18,15 +18,6 @@ from viommu.testing.edu_driver import EduDriver
 from viommu.testing.guest_ram import PAGE, DirectDma, GuestRam
 from viommu.testing.serving import LoopThread
 from viommu.vfio_user import requests
-from viommu.vfio_user.ioas_requests import (
-    alloc_ioas,
-    attach_ioas,
-    bind_iommufd,
-    detach_ioas,
-    ioas_map,
-    ioas_unmap,
-)
-from viommu.vfio_user.protocol import Capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,11 +52,11 @@ def hosted(description: str, directory: Path) -> Iterator[Host]:
 class Guest:
     """A machine that has given the device its memory: shared, to be asked for, or half of each."""
 
-    def __init__(self, path: Path, mode: str, offers: Capabilities | None = None) -> None:
+    def __init__(self, path: Path, mode: str) -> None:
         self.mode = mode
         self.ram = GuestRam(RAM_SIZE)
         memory = None if mode == "shared" else self.ram.memory
-        self.client = BackgroundClient(path, memory, offers=offers)
+        self.client = BackgroundClient(path, memory)
         self.give()
 
     @property
@@ -289,73 +280,6 @@ def test_a_client_may_leave_while_it_waits_for_an_unmap(
     with EduDriver(again.client) as other:
         assert other.write_memory(0, 4) == Result.OK
     again.close()
-
-
-# --- address spaces by the iommufd commands
-
-
-@pytest.fixture
-def spaces(edu_host: Host) -> Iterator[Guest]:
-    """A client that has mapped its memory, and has the iommufd commands as well."""
-    guest = Guest(edu_host.path, "shared", Capabilities(8, iommufd=True, fixed_iova=True))
-    yield guest
-    guest.close()
-
-
-def test_a_device_is_in_the_address_space_that_it_is_attached_to(spaces: Guest) -> None:
-    call, memory, fd = spaces.client.call, spaces.ram.memory, spaces.ram._fd
-    call(bind_iommufd())
-    first, second = call(alloc_ioas()), call(alloc_ioas())
-    here = call(ioas_map(first, PAGE, fd=fd, offset=PAGE))
-    there = call(ioas_map(second, PAGE, fd=fd, offset=2 * PAGE, iova=1 << 40, writable=False))
-    memory.write(PAGE, b"first")
-    memory.write(2 * PAGE, b"second")
-    with EduDriver(spaces.client) as edu:
-        assert edu.read_memory(0, 4) == Result.OK, "attached to nothing: what DMA_MAP gave"
-        assert edu.read_memory(here, 4) == Result.TRANSLATION_FAULT
-
-        call(attach_ioas(first))
-        assert edu.read_memory(here, 5) == Result.OK
-        assert edu.write_memory(here + 100, 5) == Result.OK
-        assert memory.read(PAGE + 100, 5) == b"first"
-        assert edu.read_memory(there, 4) == Result.TRANSLATION_FAULT
-        assert edu.read_memory(0, 4) == Result.TRANSLATION_FAULT
-
-        call(attach_ioas(second))
-        assert edu.read_memory(there, 6) == Result.OK
-        assert edu.write_memory(there, 4) == Result.TRANSLATION_FAULT
-        assert edu.read_memory(here, 4) == Result.TRANSLATION_FAULT
-
-        call(detach_ioas())
-        assert edu.write_memory(0, 6) == Result.OK
-        assert memory.read(0, 6) == b"second"
-        assert edu.read_memory(there, 4) == Result.TRANSLATION_FAULT
-
-
-@pytest.mark.parametrize("how", ["unmap", "attach", "detach"])
-def test_an_address_space_is_left_when_the_device_has_let_go(spaces: Guest, how: str) -> None:
-    call, memory, fd = spaces.client.call, spaces.ram.memory, spaces.ram._fd
-    call(bind_iommufd())
-    first, second = call(alloc_ioas()), call(alloc_ioas())
-    iova = call(ioas_map(first, PAGE, fd=fd))
-    call(attach_ioas(first))
-    with EduDriver(spaces.client) as edu:
-        memory.write(0, b"data")
-        assert edu.read_memory(iova, 4) == Result.OK
-        memory.write(0, bytes(4))
-        edu.hold(100)
-        edu.start_write(iova, 4)
-        leave = {
-            "unmap": ioas_unmap(first, iova, PAGE),
-            "attach": attach_ioas(second),
-            "detach": detach_ioas(),
-        }
-        call(leave[how])
-        assert memory.read(0, 4) == b"data", "it was answered before the data was there"
-        assert edu.wait() == Result.OK
-        # Detached, the device is where DMA_MAP has put it.
-        elsewhere = Result.OK if how == "detach" and iova < RAM_SIZE else Result.TRANSLATION_FAULT
-        assert edu.read_memory(iova, 4) == elsewhere
 
 
 # --- one client after the other
