@@ -86,7 +86,6 @@ SANS_IO = (
     "viommu.vfio_user.ioas_table",
     "viommu.vfio_user.protocol",
     "viommu.vfio_user.request",
-    "viommu.vfio_user.request",
     "viommu.vfio_user.requests",
     "viommu.virtio.ring",
     "viommu.virtio.status",
