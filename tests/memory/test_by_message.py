@@ -84,7 +84,15 @@ def test_only_what_is_shared_has_views(world: World, gpa: int, size: int, write:
 
 @pytest.mark.parametrize(
     ("gpa", "size"),
-    [(END - 4, 8), (END, 1), (WITHOUT.start, END), (READ_ONLY, PAGE + 1), (1 << 63, 8), (4, -1)],
+    [
+        (END - 4, 8),
+        (END, 1),
+        (WITHOUT.start, END),
+        (READ_ONLY, PAGE + 1),
+        (1 << 63, 8),
+        (4, -1),
+        (WITHOUT.start, -1),
+    ],
 )
 def test_what_is_no_memory_is_no_memory(world: World, gpa: int, size: int) -> None:
     with pytest.raises(GuestMemoryError):
