@@ -10,6 +10,7 @@ from types import FunctionType
 import click
 import pytest
 
+from guest_tests.l1.layout import MACHINES
 from viommu import errors
 from viommu.cli.exit_codes import EXIT_CODES
 from viommu.cli.main import COMMANDS, cli
@@ -201,3 +202,12 @@ def test_every_status_is_documented() -> None:
 
     # The standard's IOERR is for a virtqueue that failed: we never answer with it.
     assert set(rows) == {status.name for status in Status} - {"IOERR"}
+
+
+def test_every_host_of_the_guest_tests_is_documented_with_its_backends() -> None:
+    page = PAGES["docs/guest-tests.md"]
+    rows = re.findall(r"^\| `(\S+)` \| (Debian's|built).* \| (.*) \|$", page, re.MULTILINE)
+
+    assert {name: (kernel == "built", "iommufd" in has) for name, kernel, has in rows} == {
+        name: (machine.built, "iommufd" in machine.backends) for name, machine in MACHINES.items()
+    }

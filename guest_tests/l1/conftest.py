@@ -18,6 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "iommufd: needs a machine that has it")
     config.addinivalue_line("markers", "mock: needs a machine with iommufd's mock of an IOMMU")
     config.addinivalue_line("markers", "bridges: lets devices below a bridge change domains")
+    config.addinivalue_line("markers", "seconds(limit): may take longer than others do")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,6 +15,9 @@ __all__ = [
     "MONITOR",
     "MSI_WINDOW",
     "NVME",
+    "NVME_CONTENTS",
+    "NVME_IMAGE_VARIABLE",
+    "NVME_SIZE",
     "OTHER_EDU",
     "OTHER_GROUPED_EDU",
     "PLUGGED_EDU",
@@ -54,6 +57,9 @@ SHARED_MEMORY = "00:05.0"  # ivshmem: BAR 2 is memory
 SHARED_MEMORY_SIZE = 4 << 20
 TEST_DEVICE = "00:06.0"  # iommu-testdev: writes a word, and says whether it faulted
 NVME = "00:07.0"  # can be reset, has MSI-X
+NVME_SIZE = 16 << 20
+NVME_CONTENTS = b"".join(b"%016x" % number for number in range(1 << 16))  # and then zeros
+NVME_IMAGE_VARIABLE = "L1_NVME_IMAGE"  # of the environment: the file, outside, that it is
 GROUPED_EDU, OTHER_GROUPED_EDU = "02:01.0", "02:02.0"  # below one conventional bridge
 PLUGGED_EDU = "03:00.0"  # can be unplugged
 PLUGGED_EDU_ARGUMENTS = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from guest_tests.l1 import layout
 from guest_tests.lab.bundles import fetch
+from guest_tests.lab.cache import cache_directory
 from guest_tests.lab.kbuild import L1_KERNEL, build_kernel
 from guest_tests.lab.kernels import Kernel, debian_l1_kernel
 from guest_tests.lab.l1_initramfs import build_l1
@@ -37,18 +38,29 @@ def l1_kernel(name: str) -> Kernel:
 
 
 def boot_l1(qemu: Qemu, name: str, directory: Path) -> VirtualMachine:
-    """Start the machine ``name`` (of ``guest_tests.l1.layout.MACHINES``); wait for its boot."""
+    """Start the machine ``name`` (of ``guest_tests.l1.layout.MACHINES``)."""
     kernel = l1_kernel(name)
     userland = Userland(fetch([GUEST])[GUEST.name])
-    command_line = f'intel_iommu=on l1_root="{_ROOT}" l1_python="{sys.executable}"'
-    image = Image(kernel, build_l1(kernel, userland), command_line)
-    return VirtualMachine(qemu, image, l1_arguments(directory / "monitor.sock"), directory)
+    disk = directory / "disk.img"
+    disk.write_bytes(layout.NVME_CONTENTS.ljust(layout.NVME_SIZE, b"\0"))
+    environment = {  # of the first process, and so of the tests
+        "l1_root": _ROOT,
+        "l1_python": sys.executable,
+        "VIOMMU_CACHE": cache_directory().parent,
+        "VIOMMU_QEMU": qemu.path.absolute(),
+        layout.NVME_IMAGE_VARIABLE: disk,
+    }
+    settings = " ".join(f'{name}="{value}"' for name, value in environment.items())
+    image = Image(kernel, build_l1(kernel, userland), f"intel_iommu=on {settings}")
+    arguments = l1_arguments(directory / "monitor.sock", disk)
+    return VirtualMachine(qemu, image, arguments, directory)
 
 
-def l1_arguments(monitor: Path) -> list[str]:
+def l1_arguments(monitor: Path, disk: Path) -> list[str]:
     """Return QEMU's arguments for the machine and its devices.
 
-    A serial port of the machine leads to QEMU's own monitor, through the socket ``monitor``.
+    A serial port of the machine leads to QEMU's own monitor, through the socket ``monitor``. The
+    file ``disk`` is the contents of its NVMe disk.
     """
     arguments = ["-machine", "q35,kernel-irqchip=split", "-m", _MEMORY]
     # The IOMMU comes first: QEMU gives it only to devices that are made after it.
@@ -58,7 +70,7 @@ def l1_arguments(monitor: Path) -> list[str]:
     arguments += [f"memory-backend-memfd,id=shared,size={layout.SHARED_MEMORY_SIZE},share=on"]
     devices += [_at(layout.SHARED_MEMORY, "ivshmem-plain,memdev=shared")]
     devices += [_at(layout.TEST_DEVICE, "iommu-testdev")]
-    arguments += ["-blockdev", f"driver=null-co,node-name=disk,size={64 << 20},read-zeroes=on"]
+    arguments += ["-blockdev", f"driver=file,node-name=disk,filename={disk}"]
     devices += [_at(layout.NVME, "nvme,drive=disk,serial=l1")]
     # Two functions that the IOMMU can't tell apart, below a bridge to conventional PCI.
     devices += [f"pcie-root-port,id={_BRIDGE_PORT},chassis=1,slot=1,bus=pcie.0,addr=8.0"]

@@ -65,7 +65,7 @@ class RemoteTests:
         try:
             machine = self._booted(name)
             data = machine.call(
-                "pytest.run", test=item.nodeid, following=following, timeout=_TEST_SECONDS
+                "pytest.run", test=item.nodeid, following=following, timeout=_seconds(item)
             )
         except LabError as error:
             self._end()
@@ -108,6 +108,12 @@ def _machine(item: pytest.Item) -> str | None:
         return None
     assert isinstance(item, pytest.Function)
     return str(item.callspec.params["machine"])
+
+
+def _seconds(item: pytest.Item) -> float:
+    """Return how long a test may take."""
+    mark = item.get_closest_marker("seconds")
+    return float(mark.args[0]) if mark else _TEST_SECONDS
 
 
 def _failure(item: pytest.Item, error: LabError) -> pytest.TestReport:
