@@ -51,7 +51,11 @@ class Piece(NamedTuple):
 
 
 class HostSpace(Protocol):
-    """An address space of the host's IOMMU; every call is all or nothing."""
+    """An address space of the host's IOMMU; every call is all or nothing.
+
+    A host that answers later is asked, and what it refuses then is
+    :meth:`~HostMap.refuse`'d.
+    """
 
     @property
     def page_size(self) -> int:
@@ -75,12 +79,12 @@ class HostMap:
     because any of them may lead there.
     """
 
-    def __init__(self, space: HostSpace) -> None:
+    def __init__(self, space: HostSpace, pieces: Iterable[Piece] = ()) -> None:
         self.refused_bars = 0
         self._space = space
         self._mappings: AddressMap = IntervalMap()
         self._entries: AddressMap = IntervalMap()
-        self._pieces: list[Piece] = []
+        self._pieces = list(pieces)
 
     def __len__(self) -> int:
         """Return how many mappings there are."""
@@ -93,6 +97,10 @@ class HostMap:
     def entries(self) -> list[MappingInfo]:
         """Return what the host's IOMMU holds, by rising IOVA."""
         return list(self._entries)
+
+    def pieces(self) -> list[Piece]:
+        """Return what memory there is, by rising address."""
+        return list(self._pieces)
 
     # -- the guest's side --
 
@@ -177,6 +185,40 @@ class HostMap:
         for piece in doomed:
             self._pieces.remove(piece)
 
+    # -- a host that answers later --
+
+    def refuse(self, iova: int) -> MappingInfo | None:
+        """Take note that the host does not have the entry at ``iova``; return its mapping.
+
+        ``None`` if there is no such entry (any more).
+        """
+        entry = self._entries.find(iova)
+        if entry is None or entry.iova != iova:
+            return None
+        self._entries.remove(iova, iova + entry.size)
+        return self._mappings.find(iova)
+
+    def withdraw(self, mapping: MappingInfo) -> None:
+        """Unmap the entries of a mapping that stays recorded, until it is removed.
+
+        Raises:
+            BackendError: The host refused; everything is as it was.
+        """
+        self._withdraw(self._entries.overlapping(mapping.iova, mapping.iova + mapping.size))
+
+    def moved_to(self, space: HostSpace) -> HostMap:
+        """Return the same mappings and memory in another space, which is empty.
+
+        Raises:
+            BackendError: The host refused RAM at once; only some of it is mapped there.
+        """
+        other = HostMap(space, self._pieces)
+        other.refused_bars = self.refused_bars
+        for mapping in self._mappings:
+            other._mappings.add(mapping)
+            other._enter(mapping, other._pieces)
+        return other
+
     # -- entries --
 
     def _leading_to(self, start: int, end: int) -> Iterator[MappingInfo]:
@@ -196,14 +238,20 @@ class HostMap:
                 self._space.map(entry.iova, part, entry.prot)
             except BackendError as error:
                 if part.device and not (asked_for and part.size == mapping.size):
-                    self.refused_bars += 1
-                    _log.warning("a BAR stays out of reach: %s", error)
+                    self.tolerate(error)
                     continue
                 self._withdraw(done)
                 raise
             self._entries.add(entry)
             done.append(entry)
         return done
+
+    def tolerate(self, error: BackendError) -> None:
+        """Do without a BAR."""
+        self.refused_bars += 1
+        # A guest may cause it as often as it likes: 1st, 2nd, 4th, 8th ...
+        if not self.refused_bars & (self.refused_bars - 1):
+            _log.warning("a BAR stays out of reach: %s", error)
 
     def _parts(
         self, mapping: MappingInfo, pieces: list[Piece]

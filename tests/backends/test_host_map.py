@@ -228,6 +228,54 @@ def test_a_removal_of_memory_that_is_refused_keeps_it(host: HostMap, table: Tabl
     assert table.entries == {}
 
 
+def test_what_a_host_refuses_later_is_no_entry(host: HostMap, table: Table) -> None:
+    mapping = MappingInfo(0x10000, 2 * PAGE, 4 * PAGE, RW)
+    host.add(mapping)
+    del table.entries[0x12000]
+
+    assert host.refuse(0x12000) == mapping
+    assert host.refuse(0x12000) is None
+    assert host.refuse(0x11000) is None
+    assert [entry.iova for entry in host.entries()] == [0x10000]
+    host.withdraw(mapping)
+    assert table.entries == {}
+    assert host.mappings() == [mapping]
+    host._check()
+
+
+def test_a_host_that_has_lost_everything_is_filled_again(host: HostMap, table: Table) -> None:
+    mapping = MappingInfo(0x10000, 2 * PAGE, 4 * PAGE, RW)
+    host.add_memory(ram(20, 2, device=True))
+    host.add(mapping)
+    host.add(MappingInfo(0x20000, 20 * PAGE, 2 * PAGE, RW))
+    other = Table()
+    other.refuse = {3}  # a BAR: tolerated, although it was asked for once
+    copy = host.moved_to(other)
+
+    assert copy.mappings() == host.mappings()
+    assert copy.entries() == host.entries()[:2]
+    assert copy.pieces() == host.pieces()
+    assert copy.refused_bars == 1
+    copy._check()
+    copy.remove(0x10000, 0x20000)
+    assert len(table.entries) == 3
+    third = Table()
+    third.refuse = {2}
+    with pytest.raises(BackendError):
+        host.moved_to(third)
+    host._check()
+
+
+def test_bars_that_are_refused_again_and_again_are_logged_ever_more_rarely(
+    host: HostMap, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(10):
+        host.tolerate(BackendError(errno.EIO, "refused"))
+
+    assert host.refused_bars == 10
+    assert caplog.text.count("a BAR stays out of reach") == 4
+
+
 def test_gaps_in_a_removal_of_memory_are_no_error(host: HostMap) -> None:
     host.remove_memory(0, 1 << 64)
     host.remove_memory(0, 1 << 64)
