@@ -233,7 +233,7 @@ class Scripted:
     def look(self) -> Message | None:
         for _ in range(3):
             self.loop.turn(0)
-        while True:
+        while self.socket.fileno() >= 0:
             try:
                 data, fds, _ = receive(self.socket, self.reader.wanted, self.reader.wanted_fds)
             except BlockingIOError:
@@ -242,6 +242,7 @@ class Scripted:
                 raise EOFError
             if (message := self.reader.feed(data, fds)) is not None:
                 return message
+        return None
 
     def take(self) -> Message:
         for _ in range(100):
