@@ -7,6 +7,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from viommu.deferred import Deferred
 from viommu.errors import BackendError
 from viommu.memory.dma_target import AddressRange, DmaNeeds, require_file, require_host_va
 
@@ -138,3 +139,16 @@ class RecordingTarget:
         if host_va is None:
             return ()
         return tuple(peek(host_va + at) for at in range(0, where.size, PAGE))
+
+
+class LaterTarget(RecordingTarget):
+    """One whose host has let go when the test says so: when ``held`` is done."""
+
+    held: Deferred[None] | None = None
+
+    def unmap_dma(self, where: AddressRange, /) -> None:
+        super().unmap_dma(where)
+        self.held = self.held or Deferred()
+
+    def settled(self) -> Deferred[None] | None:
+        return None if self.held is None or self.held.done else self.held

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.memory.recording import PAGE, RecordingTarget, pages
+from tests.memory.recording import PAGE, LaterTarget, RecordingTarget, pages
 from viommu.errors import BackendError, PeerError
 from viommu.memory import MappedFiles
 from viommu.memory.dma_target import DmaNeeds
@@ -213,3 +213,31 @@ def test_at_the_end_a_refusal_is_logged(rig: Rig, caplog: pytest.LogCaptureFixtu
     assert sorted(rig.target.entries) == [0]
     rig.target.refuse = set()
     rig.manager.retry()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_an_unmap_is_done_when_the_last_device_has_let_go(rig: Rig, everything: bool) -> None:
+    targets = [LaterTarget("later", DmaNeeds.NONE), LaterTarget("later still", DmaNeeds.NONE)]
+    registrations = [rig.manager.register(each, each.name) for each in targets]
+    rig.map(0, 4 * PAGE)
+    assert rig.manager.settled() is None
+
+    gone = rig.memory.unmap_all() if everything else rig.memory.unmap(0, 4 * PAGE)
+    assert gone is not None
+    assert rig.held() == []  # the others have let go at once
+    for target in targets:
+        assert not gone.done
+        assert target.held is not None
+        target.held.resolve(None)
+    finished = gone.done
+    assert finished
+    assert rig.manager.settled() is None
+    for registration in registrations:
+        registration.release()
+
+
+def test_without_devices_that_answer_later_nothing_is_waited_for(rig: Rig) -> None:
+    rig.map(0, 4 * PAGE)
+
+    assert rig.memory.unmap(0, 4 * PAGE) is None
+    assert rig.memory.unmap_all() is None

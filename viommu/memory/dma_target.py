@@ -18,11 +18,13 @@ from viommu.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from viommu.deferred import Deferred
     from viommu.memory.backing import FileBacking
 
 __all__ = [
     "EVERYWHERE",
     "AddressRange",
+    "DeferredTarget",
     "DmaNeeds",
     "DmaRegistration",
     "DmaTarget",
@@ -172,6 +174,19 @@ class DmaTarget(Protocol):
             BackendError: The host refused. Asked for exactly one mapping, this
                 says that it is still there as a whole.
         """
+
+
+@runtime_checkable
+class DeferredTarget(DmaTarget, Protocol):
+    """A target whose host answers later: a device in another process, say.
+
+    What it is told it passes on, and devices may reach what it was told to unmap until
+    the host has answered. So it can't do with host virtual addresses, which may be those
+    of something else by then. A host that does not let go must be cut off by the target.
+    """
+
+    def settled(self) -> Deferred[None] | None:
+        """Return what is done when the host has answered everything; ``None``: it has."""
 
 
 class DmaRegistration:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+from viommu.deferred import all_done
 from viommu.errors import BackendError, PeerError
 from viommu.memory.dma_target import AddressRange
 from viommu.memory.fixed_mapping import page_size
 from viommu.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
+    from viommu.deferred import Deferred
     from viommu.memory.files import MappedFile
     from viommu.memory.region import Region
     from viommu.memory.regions import RegionManager
@@ -63,8 +65,8 @@ class ManagedMemory(GuestMemory):
             super().unmap(gpa, size)
             raise PeerError(error.errno, f"no device can be given this memory: {error}") from error
 
-    def unmap(self, gpa: int, size: int) -> None:
-        """Remove a region; real devices lose it first.
+    def unmap(self, gpa: int, size: int) -> Deferred[None] | None:
+        """Remove a region; real devices lose it first, or by the time that the result is done.
 
         Raises:
             PeerError: ENOENT, no region is exactly that.
@@ -76,9 +78,10 @@ class ManagedMemory(GuestMemory):
             if region is not None:
                 self._manager.remove_region(region)
         finally:
-            super().unmap(gpa, size)
+            released = super().unmap(gpa, size)
+        return _both(released, self._manager.settled())
 
-    def unmap_all(self) -> None:
+    def unmap_all(self) -> Deferred[None] | None:
         """Remove every region; what the host did not take from a device is logged."""
         managed, self._managed = self._managed, {}
         for region in managed.values():
@@ -86,7 +89,7 @@ class ManagedMemory(GuestMemory):
                 self._manager.remove_region(region)
             except BackendError as error:
                 _log.error("a device may still reach guest memory that is gone: %s", error)
-        super().unmap_all()
+        return _both(super().unmap_all(), self._manager.settled())
 
     def _manage(
         self, gpa: int, size: int, file: MappedFile, offset: int, *, writable: bool
@@ -114,3 +117,9 @@ class ManagedMemory(GuestMemory):
             self._manager.remove_region(region)
             raise
         self._managed[gpa, size] = region
+
+
+def _both(*waits: Deferred[None] | None) -> Deferred[None] | None:
+    """Return what is done when all of ``waits`` are."""
+    left = [wait for wait in waits if wait is not None]
+    return all_done(left) if left else None

@@ -15,11 +15,13 @@ from bisect import insort
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from viommu.deferred import all_done
 from viommu.errors import InternalError, UsageError
 from viommu.memory.activation import Activation
 from viommu.memory.backing import PrivateBacking
 from viommu.memory.dma_target import (
     EVERYWHERE,
+    DeferredTarget,
     DmaNeeds,
     DmaRegistration,
     FileMissingError,
@@ -37,6 +39,7 @@ from viommu.memory.va_mapper import DEFAULT_RESERVATION
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from viommu.deferred import Deferred
     from viommu.memory.backing import Backing
     from viommu.memory.dma_target import AddressRange, DmaTarget
     from viommu.memory.incident import Incident
@@ -262,6 +265,19 @@ class RegionManager:
             ledger = TargetLedger(target, name, needs)
             self._placements.register(ledger)
         return DmaRegistration(name, lambda: self._unregister(ledger))
+
+    def settled(self) -> Deferred[None] | None:
+        """Return what is done when no device reaches what was taken away so far.
+
+        ``None`` when that is so already: only a DeferredTarget takes its time.
+        """
+        targets = [ledger.target for ledger in self._placements.registered]
+        waits = [
+            wait
+            for target in targets
+            if isinstance(target, DeferredTarget) and (wait := target.settled()) is not None
+        ]
+        return all_done(waits) if waits else None
 
     def retry(self) -> None:
         """Try again to unmap what is stuck, and to make active what should be.

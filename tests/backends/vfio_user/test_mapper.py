@@ -26,7 +26,7 @@ from viommu.mapper import (
     RemoveMapResult,
     SwitchingMapper,
 )
-from viommu.memory.dma_target import DmaNeeds
+from viommu.memory.dma_target import DeferredTarget, DmaNeeds
 from viommu.spec.virtio_iommu import Status
 from viommu.vfio_user.protocol import Capabilities
 
@@ -58,6 +58,7 @@ def rig(make_rig: Callable[..., Rig]) -> Rig:
 def test_it_satisfies_the_protocols(rig: Rig) -> None:
     assert isinstance(rig.mapper, DeferredMapper)
     assert isinstance(rig.mapper, SwitchingMapper)
+    assert isinstance(rig.mapper, DeferredTarget)
     assert rig.mapper.supports_detach()
     assert not rig.mapper.join(BasicMemoryMapper())
     assert not rig.mapper.switch([], [])
@@ -352,8 +353,7 @@ def test_memory_is_gone_from_the_device_when_it_says_so(rig: Rig) -> None:
     device.answer_all()
     assert rig.mapper.settled() is None
 
-    rig.memory.unmap(0, 8 * PAGE)
-    gone = rig.mapper.settled()
+    gone = rig.memory.unmap(0, 8 * PAGE)
     assert gone is not None
     (asked,) = device.asked()
     assert not gone.done
