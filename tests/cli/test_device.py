@@ -28,9 +28,10 @@ PAGE = 4096
 class Device:
     """`viommu device edu` on a socket, up to and including its line `ready`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *options: str) -> None:
         self.path = path
         command = [sys.executable, "-m", "viommu.cli.main", "device", "edu", "--socket", str(path)]
+        command += options
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -83,6 +84,26 @@ def test_one_client_after_the_other_is_served(device: Device, shared: bool) -> N
     code, out, err = device.end(signal.SIGTERM)
     assert (code, out) == (ExitCode.OK, "")
     assert "write at IOVA 0x1000 faulted" in err
+
+
+def test_its_state_can_be_asked_for(tmp_path: Path) -> None:
+    control = tmp_path / "control.sock"
+    device = Device(tmp_path / "edu.sock", "--control", str(control))
+    client = BackgroundClient(device.path)
+    client.dma_map(0x10000, PAGE, writable=False)
+    assert f"viommu inspect {control}" in "\n".join(device.lines)
+
+    shown = CliRunner().invoke(cli, ["inspect", str(control)])
+    assert shown.exit_code == ExitCode.OK, shown.output
+    assert "by messages" in shown.output
+    found = json.loads(CliRunner().invoke(cli, ["inspect", str(control), "--json"]).output)
+    assert found["maps"] == [[0x10000, PAGE, None, "r-"]]
+
+    client.close()
+    device.end(signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
+    gone = CliRunner().invoke(cli, ["inspect", str(tmp_path)])
+    assert gone.exit_code == ExitCode.FAILURE
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -319,3 +319,43 @@ def test_blocked_accesses_are_logged_and_not_for_ever(
         assert edu.write_memory(RAM_SIZE, 4) == Result.TRANSLATION_FAULT
     assert caplog.text.count(f"write at IOVA {RAM_SIZE:#x} faulted") == 16
     assert edu_host.device.dma.blocked == 20
+
+
+# --- its state
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_snapshot_has_what_the_client_has_mapped(edu_host: Host, shared: bool) -> None:
+    def look() -> dict[str, Any]:
+        snapshot: dict[str, Any] = edu_host.thread.call(edu_host.device.snapshot)
+        return snapshot
+
+    assert (look()["connected"], look()["maps"]) == (False, [])
+    guest = Guest(edu_host.path, "shared" if shared else "by message")
+    try:
+        guest.client.dma_map(1 << 40, PAGE, fd=guest.ram._fd, offset=PAGE, writable=False)
+        found = look()
+        assert found["connected"]
+        assert found["maps"] == [
+            [0, RAM_SIZE, 0 if shared else None, "rw"],
+            [1 << 40, PAGE, PAGE, "r-"],
+        ]
+        guest.take_back()
+        assert look()["maps"] == [[1 << 40, PAGE, PAGE, "r-"]]
+        assert look()["counters"]["clients"] == 1
+    finally:
+        guest.close()
+
+
+def test_what_is_taken_back_and_held_is_no_map_any_more(edu_host: Host) -> None:
+    guest = Guest(edu_host.path, "shared")
+    client = guest.client
+    with EduDriver(client) as edu:
+        edu.hold(5000)
+        edu.start_write(0, 4)
+        client._thread.call(lambda: client._link.submit(requests.dma_unmap(0, RAM_SIZE)))
+        snapshot: dict[str, Any] = edu_host.thread.call(edu_host.device.snapshot)
+        while snapshot["maps"]:
+            snapshot = edu_host.thread.call(edu_host.device.snapshot)
+        assert snapshot["held"] == [[0, 4, 1]]
+        guest.close()

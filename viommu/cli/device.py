@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from viommu.cli.signals import on_stop_signals
+from viommu.control import ControlServer
 from viommu.endpoints.registry import KINDS
 from viommu.endpoints.standalone import StandaloneDevice
 from viommu.loop import Loop
@@ -38,7 +39,13 @@ def _kinds() -> str:
     required=True,
     help="Where it listens; removed at the end.",
 )
-def device(*, description: str, path: Path) -> None:
+@click.option(
+    "--control",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="A socket for `viommu inspect PATH`: what its client has mapped; removed at the end.",
+)
+def device(*, description: str, path: Path, control: Path | None) -> None:
     """Serve one device on a vfio-user socket, to one client after the other.
 
     \b
@@ -56,15 +63,19 @@ def device(*, description: str, path: Path) -> None:
     with (
         contextlib.closing(Loop()) as loop,
         on_stop_signals(loop, lambda _: loop.stop()),
-        contextlib.closing(StandaloneDevice(loop, description, absolute)),
+        contextlib.closing(StandaloneDevice(loop, description, absolute)) as standalone,
+        contextlib.ExitStack() as closing,
     ):
-        _report(description, absolute)
+        if control is not None:
+            server = ControlServer(loop, control, standalone.snapshot)
+            closing.callback(server.close)
+        _report(description, absolute, control)
         click.echo("ready")
         sys.stdout.flush()
         loop.run()
 
 
-def _report(description: str, path: Path) -> None:
+def _report(description: str, path: Path, control: Path | None) -> None:
     """Print what is served, and how it is used."""
     lines = [
         ("device", description),
@@ -75,6 +86,8 @@ def _report(description: str, path: Path) -> None:
         ("QEMU", f"-device '{device_argument(path)}'"),
         ("", MEMORY_REMEDY),
     ]
+    if control is not None:
+        lines.append(("state", f"viommu inspect {control}"))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         click.echo(f"{name:<{width}}  {value}")

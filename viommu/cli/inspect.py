@@ -14,6 +14,7 @@ from rich.live import Live
 
 from viommu._version import __version__
 from viommu.cli.console import make_console
+from viommu.cli.device_view import device_view
 from viommu.cli.exit_codes import CliError
 from viommu.cli.snapshot_view import view
 from viommu.control import SOCKET_NAME, ControlClient
@@ -28,9 +29,7 @@ __all__ = ["inspect"]
 
 
 @click.command()
-@click.argument(
-    "directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False, exists=True)
-)
+@click.argument("path", metavar="DIR", type=click.Path(path_type=Path, exists=True))
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of tables; one line a look.")
 @click.option("--watch", is_flag=True, help="Look again and again until interrupted.")
 @click.option(
@@ -41,13 +40,14 @@ __all__ = ["inspect"]
     show_default=True,
     help="How long to wait between two looks of --watch.",
 )
-def inspect(directory: Path, interval: float, *, as_json: bool, watch: bool) -> None:
+def inspect(path: Path, interval: float, *, as_json: bool, watch: bool) -> None:
     """Show domains, endpoints, mappings, exports and counters of the server in DIR.
 
-    Looking changes nothing and never waits for the guest. Exit code 1 when no
-    server answers in DIR.
+    DIR may also be the control socket of a `viommu device`: shows what its client
+    has mapped. Looking changes nothing and never waits for the guest. Exit code 1
+    when no server answers there.
     """
-    with _connect(directory) as client, contextlib.suppress(KeyboardInterrupt):
+    with _connect(path) as client, contextlib.suppress(KeyboardInterrupt):
         looks = _looks(client, interval if watch else None)
         if as_json:
             for snapshot in looks:
@@ -65,13 +65,15 @@ def inspect(directory: Path, interval: float, *, as_json: bool, watch: bool) -> 
                     live.update(_render(snapshot), refresh=True)
 
 
-def _connect(directory: Path) -> ControlClient:
+def _connect(path: Path) -> ControlClient:
+    directory = path.is_dir()
     try:
-        return ControlClient(directory / SOCKET_NAME)
+        return ControlClient(path / SOCKET_NAME if directory else path)
     except OSError as error:
+        remedy = f"serve --dir {path}" if directory else f"device ... --control {path}"
         raise CliError(
-            f"no server answers in {directory} ({error.strerror}): "
-            f"start one with `viommu serve --dir {directory}`"
+            f"no server answers {'in' if directory else 'at'} {path} ({error.strerror}): "
+            f"start one with `viommu {remedy}`"
         ) from error
 
 
@@ -90,7 +92,7 @@ def _looks(client: ControlClient, interval: float | None) -> Iterator[dict[str, 
 
 def _render(snapshot: dict[str, Any]) -> RenderableType:
     try:
-        return view(snapshot)
+        return device_view(snapshot) if "device" in snapshot else view(snapshot)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CliError(
             f"the server is viommu {snapshot.get('version', 'of another version')} and this is "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Final
 
+from viommu._version import __version__
 from viommu.endpoints.client_memory import ClientMemory
 from viommu.endpoints.dma import EndpointDma
 from viommu.endpoints.registry import make_endpoint
@@ -51,6 +53,7 @@ class StandaloneDevice:
         limits: ServerLimits | None = None,
         refused: Callable[[str], None] | None = None,
     ) -> None:
+        self._description = description
         self.memory = ClientMemory(loop)
         self.dma = EndpointDma(self.memory.mapper, self.memory, self._blocked, loop)
         self.function = make_endpoint(description, path.name, self.memory, self.dma, loop)
@@ -72,6 +75,34 @@ class StandaloneDevice:
         self.server.close()
         self.dma.close()
         self.function.close()
+
+    def snapshot(self) -> dict[str, object]:
+        """Return the state of everything, ready for JSON.
+
+        ``maps`` are what the device reaches: IOVA, size, offset in the client's file
+        (``None``: reached by messages) and access. What its client has unmapped and it
+        has not let go of yet is in ``held`` only: IOVA, size and how often.
+        """
+        mapper = self.memory.mapper
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "device": self._description,
+            "socket": str(self.server.path),
+            "connected": self.server.connected,
+            "maps": [
+                [region.gpa, region.size, region.offset if region.shared else None, region.access]
+                for region in self.memory.regions()
+                if mapper.find(region.gpa) is not None
+            ],
+            "held": [list(held) for held in mapper.exports.held()],
+            "counters": {
+                "clients": self.server.clients,
+                "turned away": self.server.turned_away,
+                "blocked accesses": self.dma.blocked,
+                "IOMMU faults": mapper.exports.faults,
+            },
+        }
 
     def _blocked(self, fault: TranslationFault) -> None:
         """Log an access that the client's mappings don't allow; the device sees the error."""
