@@ -135,7 +135,8 @@ class Scripted:
             if not data:
                 self.die()
                 return
-            if (message := self._reader.feed(data, fds)) is not None:
+            message = self._reader.feed(data, fds)
+            if message is not None and message.kind == spec.F_TYPE_COMMAND:
                 if message.command in self.mute:
                     self.waiting.append(message)
                 else:
