@@ -66,11 +66,19 @@ class Lab(NamedTuple):
 class Rig:
     """A server, its disk image, and the guest that uses them; a context manager that ends both.
 
-    Booted when made; :meth:`boot` puts another QEMU on the same server.
+    Booted when made; :meth:`boot` puts another QEMU on the same server. ``disk`` makes
+    what the server is told of the disk from the path of its image.
     """
 
     def __init__(
-        self, lab: Lab, kernel: Kernel, mode: Mode, directory: Path, *, reboots: bool = False
+        self,
+        lab: Lab,
+        kernel: Kernel,
+        mode: Mode,
+        directory: Path,
+        *,
+        reboots: bool = False,
+        disk: Callable[[Path], str] = "blk,path={}".format,
     ) -> None:
         self.lab = lab
         self.kernel = kernel
@@ -79,9 +87,9 @@ class Rig:
         self._directory = directory
         self._reboots = reboots
         self._closing = contextlib.ExitStack()
-        with self.disk.open("wb") as disk:
-            disk.truncate(_DISK_SIZE)
-        endpoints = {EDU: "edu", DISK: f"blk,path={self.disk}", OTHER_EDU: "edu"}
+        with self.disk.open("wb") as image:
+            image.truncate(_DISK_SIZE)
+        endpoints = {EDU: "edu", DISK: disk(self.disk), OTHER_EDU: "edu"}
         self.server = ViommuServer(directory / "serve", IOMMU, endpoints, *mode.options)
         self._closing.callback(self.server.stop)
         try:

@@ -14,7 +14,17 @@ from guest_tests.guest import pci
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check", "fill", "fill_for_ever", "make", "rebind", "size", "sums", "write_raw"]
+__all__ = [
+    "check",
+    "fill",
+    "fill_for_ever",
+    "make",
+    "rebind",
+    "size",
+    "sums",
+    "write_raw",
+    "write_until_error",
+]
 
 _MOUNT_POINT = Path("/mnt")
 _CHUNK = 1 << 20
@@ -95,6 +105,20 @@ def write_raw(bdf: str, offset: int, count: int) -> str:
         disk.seek(offset)
         assert disk.read(count) == data, f"bytes at {offset:#x} of the disk read back differently"
     return hashlib.sha256(data).hexdigest()
+
+
+def write_until_error(bdf: str, offset: int) -> int:
+    """Write past the file system until that fails; return the errno."""
+    data = os.urandom(_CHUNK)
+    disk = os.open(_device(bdf), os.O_WRONLY)
+    try:
+        while True:
+            os.pwrite(disk, data, offset)
+            os.fsync(disk)
+    except OSError as error:
+        return error.errno or 0
+    finally:
+        os.close(disk)
 
 
 def rebind(bdf: str) -> None:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bind", "driver", "group", "group_members", "group_type", "reserved_regions", "unbind"]
+__all__ = [
+    "bind",
+    "driver",
+    "group",
+    "group_members",
+    "group_type",
+    "reserved_regions",
+    "reset",
+    "unbind",
+]
 
 _DEVICES = Path("/sys/bus/pci/devices")
 
@@ -44,6 +53,11 @@ def bind(bdf: str, name: str) -> None:
         Path(f"/sys/bus/pci/drivers/{name}/bind").write_text(f"0000:{bdf}")
     finally:
         override.write_text("\n")
+
+
+def reset(bdf: str) -> None:
+    """Reset the function."""
+    (path(bdf) / "reset").write_text("1\n")
 
 
 def group(bdf: str) -> int:

@@ -1,0 +1,155 @@
+"""A disk that another process serves: behind the IOMMU it is as good as one of viommu's own.
+
+That process may die while the guest writes, and be started again.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from guest_tests.lab.errors import GuestCallError
+from guest_tests.lab.server import ViommuDevice
+from guest_tests.rig import DISK, EDU, MODES, Rig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from guest_tests.lab.kernels import Kernel
+    from guest_tests.rig import Lab
+
+FILES = {"a": 1, "b/c": 3 << 20}
+RAW_OFFSET = 50 << 20
+BUSY = 20  # megabytes written, more or less, by their unmaps
+
+
+class Served:
+    """A disk in a process of its own, to be used with ``memory`` shared or by messages."""
+
+    def __init__(self, directory: Path, memory: str) -> None:
+        self.memory = memory
+        self.socket = directory / "disk.sock"
+        self.process: ViommuDevice | None = None
+        self._image: Path | None = None
+
+    def endpoint(self, image: Path) -> str:
+        """Start it, and return what the server is told."""
+        self._image = image
+        self.start()
+        return f"vfio-user,socket={self.socket},memory={self.memory}"
+
+    def start(self) -> None:
+        self.process = ViommuDevice(f"blk,path={self._image}", self.socket)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.stop()
+
+
+@pytest.fixture(params=["shared", "message"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    """The process of the disk, which starts with the guest."""
+    served = Served(tmp_path, request.param)
+    yield served
+    if served.process is not None:
+        served.process.stop()
+
+
+@pytest.fixture
+def rig(lab: Lab, some_kernel: Kernel, tmp_path: Path, served: Served) -> Iterator[Rig]:
+    """A guest of the test's own, with a file system on its disk."""
+    with Rig(lab, some_kernel, MODES["lazy"], tmp_path, disk=served.endpoint) as rig:
+        rig.call("disk.make", bdf=DISK, megabytes=48)
+        yield rig
+
+
+def device(rig: Rig) -> Any:
+    return rig.endpoint(DISK)["device"]
+
+
+def maps_and_ranges(rig: Rig) -> tuple[Any, Any]:
+    """What the device was told of, and what its domain has mapped, at one moment."""
+    snapshot = rig.server.snapshot()
+    endpoint = next(found for found in snapshot["endpoints"] if found["bdf"] == DISK)
+    (domain,) = (found for found in snapshot["domains"] if found["id"] == endpoint["domain"])
+    return endpoint["device"]["maps"], domain["ranges"]
+
+
+def test_a_disk_of_another_process(rig: Rig) -> None:
+    written = rig.call("disk.fill", bdf=DISK, files=FILES)
+    assert rig.call("disk.sums", bdf=DISK) == written
+    rig.call("disk.check", bdf=DISK)
+    rig.call("disk.rebind", bdf=DISK)
+    assert rig.call("disk.sums", bdf=DISK) == written
+    maps, ranges = maps_and_ranges(rig)
+    assert maps
+    assert maps == ranges
+
+
+def write_until_it_dies(rig: Rig, served: Served) -> None:
+    """Kill the disk while the guest writes, which then sees errors."""
+    quiet = rig.server.snapshot()["iommu"]["counters"]["requests"]
+    rig.vm.start("disk.write_until_error", bdf=DISK, offset=RAW_OFFSET)
+    rig.wait_until(
+        "the disk is busy",
+        lambda snapshot: snapshot["iommu"]["counters"]["requests"] > quiet + BUSY,
+    )
+    served.kill()
+    assert rig.vm.finish() == errno.EIO
+    assert device(rig)["state"] == "dead"
+
+
+def wait_until_alive(rig: Rig) -> None:
+    rig.wait_until("there is a device again", lambda _: device(rig)["state"] == "alive")
+
+
+def test_a_disk_that_dies_is_taken_again_with_its_next_driver(rig: Rig, served: Served) -> None:
+    written = rig.call("disk.fill", bdf=DISK, files=FILES)
+    write_until_it_dies(rig, served)
+    rig.call("dma.both_ways", bdf=EDU)
+    # Nobody has told the guest that it is gone: what it knew of it must not change.
+    assert rig.call("disk.size", bdf=DISK) == rig.disk.stat().st_size
+
+    served.start()
+    rig.call("pci.unbind", bdf=DISK)
+    wait_until_alive(rig)
+    rig.call("pci.bind", bdf=DISK, name="virtio-pci")
+
+    assert rig.call("disk.sums", bdf=DISK) == written
+    rig.call("disk.check", bdf=DISK)
+
+
+@pytest.mark.parametrize("served", ["shared"], indirect=True)
+@pytest.mark.parametrize("how", ["by itself", "by a reset"])
+def test_a_disk_without_a_driver_is_taken_again(rig: Rig, served: Served, how: str) -> None:
+    written = rig.call("disk.fill", bdf=DISK, files=FILES)
+    write_until_it_dies(rig, served)
+    rig.call("pci.unbind", bdf=DISK)
+
+    served.start()
+    if how == "by a reset":
+        rig.call("pci.reset", bdf=DISK)
+    wait_until_alive(rig)
+    rig.call("pci.bind", bdf=DISK, name="virtio-pci")
+
+    assert rig.call("disk.sums", bdf=DISK) == written
+    rig.call("disk.check", bdf=DISK)
+
+
+@pytest.mark.parametrize("served", ["message"], indirect=True)
+def test_a_disk_that_is_gone_for_good_does_not_hold_the_guest_up(rig: Rig, served: Served) -> None:
+    write_until_it_dies(rig, served)
+
+    rig.call("pci.unbind", bdf=DISK)
+    with pytest.raises(GuestCallError):
+        rig.call("pci.bind", bdf=DISK, name="virtio-pci")
+    rig.call("dma.both_ways", bdf=EDU)
+
+    served.start()
+    wait_until_alive(rig)
+    rig.call("pci.bind", bdf=DISK, name="virtio-pci")
+    rig.call("disk.check", bdf=DISK)
