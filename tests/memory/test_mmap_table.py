@@ -85,6 +85,41 @@ def test_the_lowest_offset_that_is_free_is_taken(table: MmapTable) -> None:
     assert [area.offset // PAGE for area in owners[0].areas] == [1, 7, 3, 4]
 
 
+def test_a_file_with_a_layout_of_its_own_says_where_its_areas_are(table: MmapTable) -> None:
+    """A VFIO device's begins with BAR 0."""
+    owner = table.add_owner("owner")
+    given = [table.offer(owner, 0, PAGE, offset=at * PAGE) for at in (4, 0)]
+    found = table.offer(owner, 0, 3 * PAGE)
+    assert [area.offset // PAGE for area in (*given, found)] == [4, 0, 1]
+    mapping = table.map(0, PAGE)
+    assert mapping.area is given[1]
+    mapping.unmap()
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "number"),
+    [
+        (-PAGE, PAGE, errno.EINVAL),
+        (1, PAGE, errno.EINVAL),
+        (2 * PAGE, PAGE, errno.EEXIST),
+        (PAGE, 2 * PAGE, errno.EEXIST),
+        (3 * PAGE, 2 * PAGE, errno.EEXIST),
+        (PAGE, 4 * PAGE, errno.EEXIST),
+        ((1 << 63) - PAGE, 2 * PAGE, errno.ENOSPC),
+    ],
+)
+def test_an_area_is_where_there_is_room_for_it(
+    table: MmapTable, offset: int, length: int, number: int
+) -> None:
+    owner = table.add_owner("owner")
+    there = table.offer(owner, 0, 2 * PAGE, offset=2 * PAGE)
+    with refused(number):
+        table.offer(owner, 0, length, offset=offset)
+    assert table.areas() == [there]
+    table.offer(owner, 0, PAGE, offset=PAGE)
+    table.offer(owner, 0, PAGE, offset=4 * PAGE)
+
+
 def test_areas_are_limited_in_number_and_size() -> None:
     table = MmapTable(PAGE, max_areas=2)
     owner = table.add_owner("owner")
@@ -224,6 +259,7 @@ def test_check_finds_damage(damage: str) -> None:
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("offer"), st.integers(0, 2), st.integers(1, 3)),
+        st.tuples(st.just("place"), st.integers(0, 8), st.integers(1, 3)),
         st.tuples(st.just("map"), st.integers(0, 8), st.integers(1, 3)),
         st.tuples(st.just("unmap"), st.integers(0, 3), st.integers(1, 3)),
         st.tuples(st.just("destroy"), st.integers(0, 2), st.just(0)),
@@ -246,6 +282,14 @@ def test_it_agrees_with_a_model_of_pages(script: list[tuple[str, int, int]]) -> 
             )
             assert area.offset == first * PAGE
             taken.update(dict.fromkeys(range(first, first + other), area))
+        elif step == "place":
+            at = range(one, one + other)
+            if taken.keys().isdisjoint(at):
+                area = table.offer(owners[one % 3], BASE, other * PAGE, offset=one * PAGE)
+                taken.update(dict.fromkeys(at, area))
+            else:
+                with refused(errno.EEXIST):
+                    table.offer(owners[one % 3], BASE, other * PAGE, offset=one * PAGE)
         elif step == "map":
             there = taken.get(one)
             if there and (there.offset, there.length) == (one * PAGE, other * PAGE):

@@ -7,7 +7,8 @@ and what is still mapped is released with its last mapping.
 
 Ranges are half-open: an area is the bytes ``[base, base + length)`` of device
 memory, and ``[offset, offset + length)`` of what the client maps. Offset 0 is
-never given out, so that a forgotten one is an error.
+never given out, so that a forgotten one is an error; but a file with a layout of
+its own, such as a VFIO device's, has its areas where it has them.
 
 Source: the mmap infrastructure of Linux's iommufd ("iommufd: Add mmap
 interface", 6.17), whose rules and errnos these are.
@@ -179,28 +180,33 @@ class MmapTable:
         self._owners.append(owner)
         return owner
 
-    def offer(self, owner: MmapOwner, base: int, length: int) -> MmapArea:
+    def offer(
+        self, owner: MmapOwner, base: int, length: int, *, offset: int | None = None
+    ) -> MmapArea:
         """Let clients map ``[base, base + length)`` until ``owner`` is destroyed.
 
-        The offset is the lowest one where it fits. Runtime complexity: `O(n)`.
+        The offset is the lowest one where it fits, unless the file has it somewhere
+        already. Runtime complexity: `O(n)`.
 
         Raises:
             PeerError: EINVAL, empty or not on whole pages; ENOENT, the owner is
-                destroyed; ENOSPC, too many or too large; EBADF, the table is closed.
+                destroyed; EEXIST, there is an area at ``offset``; ENOSPC, too many or
+                too large; EBADF, the table is closed.
         """
         self._must_be_open()
         self._must_be_alive(owner)
         if base < 0 or length <= 0 or base % self._page or length % self._page:
             raise PeerError(errno.EINVAL, f"{length:#x} bytes at {base:#x} are not whole pages")
+        if offset is not None and (offset < 0 or offset % self._page):
+            raise PeerError(errno.EINVAL, f"{offset:#x} is not where a page begins")
         if len(self._areas) >= self._max_areas:
             raise PeerError(errno.ENOSPC, f"more than {self._max_areas} areas can't be mapped")
-        offset = self._page
-        for other in self._areas.values():
-            if other.offset - offset >= length:
-                break
-            offset = other.offset + other.length
+        if offset is None:
+            offset = self._free_offset(length)
+        elif any(offset < a.offset + a.length and a.offset < offset + length for a in self.areas()):
+            raise PeerError(errno.EEXIST, f"some of {length:#x} bytes at {offset:#x} are offered")
         if offset + length > _END:
-            raise PeerError(errno.ENOSPC, f"no offset has {length:#x} bytes free")
+            raise PeerError(errno.ENOSPC, f"{length:#x} bytes at {offset:#x} pass the last offset")
         area = MmapArea(owner, base, length, offset)
         self._areas[offset] = area
         owner.areas.append(area)
@@ -258,6 +264,14 @@ class MmapTable:
             owner.areas.clear()
             owner.end()
 
+    def _free_offset(self, length: int) -> int:
+        offset = self._page
+        for other in self._areas.values():
+            if other.offset - offset >= length:
+                break
+            offset = other.offset + other.length
+        return offset
+
     def _find(self, offset: int) -> MmapArea | None:
         """Return the area that holds ``offset``. Runtime complexity: `O(log(n))`."""
         for start in self._areas.irange(None, offset, reverse=True):
@@ -288,7 +302,7 @@ class MmapTable:
 
     def _check(self) -> None:
         """Raise InternalError when an invariant is broken. Runtime complexity: `O(n)`."""
-        end = self._page
+        end = 0
         for offset, area in self._areas.items():
             if offset != area.offset or offset < end or offset % self._page:
                 raise InternalError(f"{area} is filed under {offset:#x}, behind {end:#x}")
