@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import time
 from typing import TYPE_CHECKING
@@ -208,6 +209,7 @@ def test_one_device_writes_into_the_bar_of_another(pair: PassthroughGuest) -> No
 
     assert lands(pair, edu, memory, IOVA, 0x1234)
     assert lands(pair, edu, memory, IOVA, SHARED_MEMORY_SIZE - 4)
+    assert _hosts(pair, "mapped by") == [{"0": ["VMM"]}, {"2": ["VMM", "DMA"]}]
     pair.unmap(IOVA, SHARED_MEMORY_SIZE)
     assert not lands(pair, edu, memory, IOVA, 0x1234)
 
@@ -331,7 +333,9 @@ def test_the_next_guest_finds_a_quiet_device(backend: str) -> None:
 # Unplugging.
 
 
-def test_a_device_that_is_unplugged_is_given_up_while_others_go_on(backend: str) -> None:
+def test_a_device_that_is_unplugged_is_given_up_while_others_go_on(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
     endpoints = {FIRST: host(EDU, backend), SECOND: host(PLUGGED_EDU, backend)}
     with Monitor() as monitor:
         with PassthroughGuest(endpoints) as guest:
@@ -353,18 +357,47 @@ def test_a_device_that_is_unplugged_is_given_up_while_others_go_on(backend: str)
             guest.map(OTHER_IOVA, page)
             assert guest.detach(SECOND) == Status.OK
             assert _gone(guest) == [None, "the host wanted it back"]
+            assert _hosts(guest, "mapped by") == [{"0": ["VMM"]}, {}]
+            assert "in use as long as somebody maps BAR 0 (VMM)" in caplog.text
         wait_until(there=False)
         monitor.execute("device_add", **PLUGGED_EDU_ARGUMENTS)
         wait_until(there=True)
 
 
-def _gone(guest: PassthroughGuest) -> list[str | None]:
+def test_a_vmm_that_has_mapped_a_bar_keeps_the_device_from_the_host(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Monitor() as monitor:
+        with PassthroughGuest({FIRST: host(PLUGGED_EDU, backend)}) as guest:
+            info = guest.function(FIRST).client.region_info(0)
+            assert info.fd is not None
+            window = mmap.mmap(info.fd, info.size, offset=info.offset)
+            os.close(info.fd)
+
+            monitor.execute("device_del", id=PLUGGED_EDU_ARGUMENTS["id"])
+            assert _gone(guest) == ["the host wanted it back"]
+            assert "in use as long as somebody maps BAR 0 (VMM)" in caplog.text
+            wait_until(there=True)  # and so it would stay
+
+            window.close()
+            monitor.wait_for("DEVICE_DELETED", device=PLUGGED_EDU_ARGUMENTS["id"])
+        wait_until(there=False)
+        monitor.execute("device_add", **PLUGGED_EDU_ARGUMENTS)
+        wait_until(there=True)
+
+
+def _hosts(guest: PassthroughGuest, what: str) -> list[object]:
+    """Return what the server says of every device of the host."""
+    snapshot = guest.call("snapshot")
+    assert isinstance(snapshot, dict)
+    return [endpoint["host"][what] for endpoint in snapshot["endpoints"]]
+
+
+def _gone(guest: PassthroughGuest) -> list[object]:
     """Return what the server says of the devices that are no longer there."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
-        snapshot = guest.call("snapshot")
-        assert isinstance(snapshot, dict)
-        gone = [endpoint["host"]["gone"] for endpoint in snapshot["endpoints"]]
+        gone = _hosts(guest, "gone")
         if any(gone) or time.monotonic() > deadline:
             return gone
         time.sleep(0.05)

@@ -102,6 +102,7 @@ def test_a_device_of_the_host_is_shown_with_its_backend() -> None:
                 "resettable": True,
                 "reset pending": False,
                 "BARs": {"0": 0xFE000000, "2": 0x800000000},
+                "mapped by": {"0": ["VMM"], "2": ["VMM", "DMA"]},
             },
             "counters": {"resets": 2},
         }
@@ -110,8 +111,8 @@ def test_a_device_of_the_host_is_shown_with_its_backend() -> None:
     lines = shown(snapshot)
 
     assert "00:08.0 0x40 here bypass - - - vfio,host=0000:04:00.0" in lines
-    assert "00:08.0 0000:04:00.0 12 0: 0xfe000000 yes in use VFIO type1" in lines
-    assert "2: 0x800000000" in lines
+    assert "00:08.0 0000:04:00.0 12 0: 0xfe000000 0: VMM yes in use VFIO type1" in lines
+    assert "2: 0x800000000 2: VMM, DMA" in lines
     assert "00:06.0 5 -" in lines
     assert "00:08.0 - 2" in lines
 
@@ -132,11 +133,12 @@ def test_what_became_of_a_device_of_the_host_is_said(change: dict[str, Any], sai
         "resettable": True,
         "reset pending": False,
         "BARs": {},
+        "mapped by": {},
     }
     snapshot = copy.deepcopy(SNAPSHOT)
     snapshot["endpoints"][0] |= {"host": host | change, "backend": "iommufd"}
 
-    assert f"00:06.0 0000:04:00.0 12 - {said} iommufd" in shown(snapshot)
+    assert f"00:06.0 0000:04:00.0 12 - - {said} iommufd" in shown(snapshot)
 
 
 def with_door(client: dict[str, Any] | None, socket: str | None = None) -> dict[str, Any]:

@@ -193,8 +193,8 @@ def _host_devices(endpoints: list[Mapping[str, Any]]) -> Table | Text:
     if not devices:
         return Text()
     table = _table(
-        "Devices of the host", "address", "host", "group", "BARs", "reset", "state", "backend",
-        right=("group",), wrap="backend",
+        "Devices of the host", "address", "host", "group", "BARs", "mapped by", "reset", "state",
+        "backend", right=("group",), wrap="backend",
     )  # fmt: skip
     for endpoint, host in devices:
         reset = "pending" if host["reset pending"] else "yes" if host["resettable"] else "no"
@@ -203,6 +203,7 @@ def _host_devices(endpoints: list[Mapping[str, Any]]) -> Table | Text:
             host["address"],
             str(host["group"]),
             "\n".join(f"{bar}: {address:#x}" for bar, address in host["BARs"].items()) or "-",
+            "\n".join(f"{bar}: {', '.join(who)}" for bar, who in host["mapped by"].items()) or "-",
             reset,
             host["gone"] or "in use",
             endpoint["backend"],

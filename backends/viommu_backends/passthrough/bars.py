@@ -15,9 +15,9 @@ from viommu.memory.dma_target import AddressRange, MemoryKind
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from viommu.memory.backing import FileBacking
     from viommu.memory.region import Region
     from viommu.memory.regions import RegionManager
+    from viommu_backends.passthrough.areas import BarAreas
     from viommu_backends.vfio_device import HostRegion
 
 __all__ = ["BarRegions"]
@@ -30,22 +30,19 @@ class BarRegions:
 
     Args:
         name: What messages call the device.
-        file: The device's BARs as a file; a use of it is taken for each area in place.
         host: What the kernel says of each BAR.
-        areas: The mappable parts of each, see :func:`~viommu.pci.layout.mappable_areas`.
+        areas: What may be mapped of them.
         manager: Who tells other devices.
     """
 
     def __init__(
         self,
         name: str,
-        file: FileBacking,
         host: Sequence[HostRegion],
-        areas: Mapping[int, tuple[tuple[int, int], ...]],
+        areas: BarAreas,
         manager: RegionManager,
     ) -> None:
         self._name = name
-        self._file = file
         self._host = host
         self._areas = areas
         self._manager = manager
@@ -78,7 +75,7 @@ class BarRegions:
         and left out of the reach of other devices; the guest's CPU isn't affected.
         """
         for bar, address in wanted.items():
-            if bar in self._placed or not self._areas.get(bar):
+            if bar in self._placed or not self._areas.of(bar):
                 continue
             try:
                 self._placed[bar] = self._add(bar, address)
@@ -86,18 +83,17 @@ class BarRegions:
                 _log.warning("%s: no device can reach BAR %d: %s", self._name, bar, error)
 
     def _add(self, bar: int, address: int) -> Region:
-        host = self._host[bar]
-        where = AddressRange(address, address + host.size)
+        where = AddressRange(address, address + self._host[bar].size)
         name = f"BAR {bar} of {self._name}"
         region = self._manager.add_region(name, where, MemoryKind.DEVICE)
         try:
-            for start, size in self._areas[bar]:
-                self._file.retain()
+            for area in self._areas.of(bar):
+                memory = self._areas.memory(area)
                 try:
-                    within = AddressRange(start, start + size)
-                    self._manager.add_mapping(region, within, self._file, host.offset + start)
+                    within = AddressRange(area.base, area.base + area.length)
+                    self._manager.add_mapping(region, within, memory, area.offset)
                 except BaseException:
-                    self._file.close()
+                    memory.close()
                     raise
             self._manager.enable(region)
         except BaseException:

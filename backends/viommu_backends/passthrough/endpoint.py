@@ -68,6 +68,7 @@ class PassthroughEndpoint:
                 "resettable": device is not None and device.can_reset,
                 "reset pending": function.resetting.pending,
                 "BARs": {str(bar): address for bar, address in function.bars.placed.items()},
+                "mapped by": function.areas.holders(),
             },
             "counters": {
                 "resets": function.resetting.resets,
@@ -95,7 +96,8 @@ class PassthroughEndpoint:
         self._request.clear()
         self._gone = "the host wanted it back"
         _log.warning("%s: %s: it is given up", self._host.address, self._gone)
-        # The VMM maps BARs as well and must let go of them, so it is told first.
+        # Before the VMM is thrown out: what it has mapped then, it keeps for a while.
+        self.function.close()
         self._place.withdrawn()
         self.close()
 

@@ -6,10 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from viommu.errors import BackendError
-from viommu.pci.layout import mappable_areas
 from viommu.spec import pci, vfio
 from viommu.vfio_user import RegionInfo
-from viommu_backends.bar_file import BarFile
+from viommu_backends.passthrough.areas import BarAreas
 from viommu_backends.passthrough.bars import BarRegions
 from viommu_backends.passthrough.config import HostConfig
 from viommu_backends.passthrough.irqs import KernelIrqs
@@ -56,11 +55,8 @@ class PassthroughFunction:
         self._config = HostConfig(device)
         self._irqs = KernelIrqs(device)
         self.resetting = HostReset(device, loop, self._follow)
-        taken = self._config.msix
-        bars = device.regions[: vfio.PCI_NUM_BARS]
-        self._areas = {bar: mappable_areas(bar, info, taken) for bar, info in enumerate(bars)}
-        self._file = BarFile(device)
-        self.bars = BarRegions(device.name, self._file, bars, self._areas, regions)
+        self.areas = BarAreas(device, self._config.msix)
+        self.bars = BarRegions(device.name, device.regions, self.areas, regions)
         self._open = True
         self._quiesce()
 
@@ -72,7 +68,7 @@ class PassthroughFunction:
         self.resetting.give_up("it is given back to the host, which resets it")
         self._irqs.leave()
         self._quiesce()
-        self._file.close()
+        self.areas.close()
 
     # ServedDevice.
 
@@ -82,7 +78,8 @@ class PassthroughFunction:
             return RegionInfo(self._config.size, _READ_WRITE)
         if index >= vfio.PCI_NUM_BARS or not self._device.regions[index].size:
             return RegionInfo(0, 0)
-        host, areas = self._device.regions[index], self._areas[index]
+        host = self._device.regions[index]
+        areas = tuple((area.base, area.length) for area in self.areas.of(index))
         if not areas:
             return RegionInfo(host.size, _READ_WRITE)
         whole = areas == ((0, host.size),)
@@ -119,10 +116,12 @@ class PassthroughFunction:
 
     def connect(self, irqs: IrqLines) -> None:
         """Serve a VMM that has just come; the kernel signals its eventfds."""
+        self.areas.connect()
         self._irqs.follow(irqs)
 
     def disconnect(self) -> None:
         """Be as after power-on: the VMM has gone."""
+        self.areas.disconnect()
         if self._open:
             self._irqs.leave()
             self._quiesce()

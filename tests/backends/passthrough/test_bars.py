@@ -11,7 +11,8 @@ from tests.memory.recording import RecordingTarget
 from viommu.errors import BackendError
 from viommu.memory.dma_target import AddressRange, DmaNeeds, MemoryKind
 from viommu.memory.regions import RegionManager
-from viommu_backends.bar_file import BarFile
+from viommu.pci.layout import MsixPlace
+from viommu_backends.passthrough.areas import BarAreas
 from viommu_backends.passthrough.bars import BarRegions
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from viommu_backends.vfio_device import VfioDevice
 
 PAGE = mmap.PAGESIZE
-AREAS = {0: ((0, 0x2000), (0x4000, 0x4000)), 2: ((0, BAR2),), 5: ()}
+TABLE = MsixPlace(0, 0x2000, 0x4000)
 
 
 class Rig:
@@ -28,8 +29,8 @@ class Rig:
         self.manager = RegionManager()
         self.target = RecordingTarget("peer", DmaNeeds.HOST_VA)
         self.registration = self.manager.register(self.target, "peer", self.target.needs)
-        self.file = BarFile(cast("VfioDevice", device))
-        self.bars = BarRegions(device.name, self.file, device.regions, AREAS, self.manager)
+        self.areas = BarAreas(cast("VfioDevice", device), [TABLE])
+        self.bars = BarRegions(device.name, device.regions, self.areas, self.manager)
 
     def seen(self) -> dict[int, tuple[int, int, MemoryKind]]:
         """What the peer has: address, to offset in the file, size and kind."""
@@ -41,8 +42,8 @@ class Rig:
     def close(self) -> None:
         self.bars.keep({})
         self.registration.release()
-        assert self.file.uses == 1
-        self.file.close()
+        assert self.areas.holders() == {}
+        self.areas.close()
         assert self.target.violations == []
         assert self.manager.regions() == []
 
@@ -105,7 +106,7 @@ def test_a_bar_in_an_impossible_place_is_logged_and_left_out(
     assert why in caplog.text
     assert "no device can reach BAR 2" in caplog.text
     assert rig.bars.placed == {}
-    assert rig.file.uses == 1
+    assert rig.areas.holders() == {}
     rig.manager.remove_region(other)
 
 
@@ -118,7 +119,7 @@ def test_a_device_that_can_not_map_a_bar_does_without(rig: Rig) -> None:
     assert rig.bars.placed == {0: 0xFE00_0000, 2: 0x8_0000_0000}
 
 
-def test_a_bar_that_a_device_does_not_let_go_of_keeps_its_file(
+def test_a_bar_that_a_device_does_not_let_go_of_is_in_use(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig.bars.add({2: 0x8_0000_0000})
@@ -128,9 +129,11 @@ def test_a_bar_that_a_device_does_not_let_go_of_keeps_its_file(
 
     assert "can still reach BAR 2" in caplog.text
     assert rig.bars.placed == {}
-    assert rig.file.uses == 2
+    assert rig.areas.holders() == {"2": ["DMA"]}
+    calls = len(rig.target.calls)
+    rig.bars.add({2: 0x8_0000_0000})
+    assert len(rig.target.calls) == calls, "it still has just that"
     rig.target.refuse = set()
-    rig.manager.retry()
 
 
 def test_a_bar_over_ram_is_hidden_and_comes_back(rig: Rig) -> None:

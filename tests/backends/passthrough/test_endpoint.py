@@ -13,6 +13,7 @@ from viommu.errors import BackendError
 from viommu.memory import GuestMemory
 from viommu.memory.regions import RegionManager
 from viommu.spec import pci, vfio
+from viommu.vfio_user import IrqLines
 from viommu_backends.passthrough.devices import PassthroughDevices
 from viommu_backends.vfio_device import HostIrq
 
@@ -84,6 +85,7 @@ def test_it_is_what_a_machine_expects(rig: Rig) -> None:
 
     assert endpoint.iova_range == (0, 1 << 39)
     assert endpoint.reserved == (X86_MSI_WINDOW,)
+    assert endpoint.function is not None
     assert endpoint.function.name == "00:06.0"
 
 
@@ -113,6 +115,7 @@ def test_what_is_said_of_it(rig: Rig) -> None:
             "resettable": True,
             "reset pending": False,
             "BARs": {"2": 0x8_0000_0000},
+            "mapped by": {"2": ["DMA"]},
         },
         "counters": {"resets": 1, "failed resets": 0},
     }
@@ -133,10 +136,29 @@ def test_when_the_host_wants_it_back_everything_is_given_up(
     assert f"{ONE}: the host wanted it back" in caplog.text
     host = rig.endpoint.describe()["host"]
     assert isinstance(host, dict)
-    assert (host["gone"], host["BARs"]) == ("the host wanted it back", {})
+    assert (host["gone"], host["BARs"], host["mapped by"]) == ("the host wanted it back", {}, {})
     # The guest may go on for a while.
     rig.endpoint.mapper.reset_domain()
     rig.endpoint.mapper.add_map(IDENTITY)
+
+
+def test_a_vmm_that_has_mapped_bars_keeps_them_from_the_host(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = IrqLines([0] * 5)
+    rig.endpoint.function.connect(lines)
+    rig.place()
+    host = rig.endpoint.describe()["host"]
+    assert isinstance(host, dict)
+    assert host["mapped by"] == {"0": ["VMM"], "2": ["VMM", "DMA"]}
+
+    rig.device.signal(vfio.PCI_REQ_IRQ_INDEX, 0)
+    rig.loop.turn(0)
+
+    assert f"{ONE}: in use as long as somebody maps BAR 0 (VMM), BAR 2 (VMM)" in caplog.messages
+    assert rig.withdrawn == 1
+    assert rig.device.fd == -1
+    lines.close()
 
 
 def test_a_device_is_stopped_and_out_of_reach_before_it_is_closed(
