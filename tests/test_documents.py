@@ -37,6 +37,7 @@ RUNNABLE = (
     "docs/endpoints.md",
     "docs/export-sessions.md",
     "docs/iommufd.md",
+    "docs/mappers.md",
     "docs/vfio-user-client.md",
 )
 
