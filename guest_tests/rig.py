@@ -67,7 +67,8 @@ class Rig:
     """A server, its disk image, and the guest that uses them; a context manager that ends both.
 
     Booted when made; :meth:`boot` puts another QEMU on the same server. ``disk`` makes
-    what the server is told of the disk from the path of its image.
+    what the server is told of the disk from the path of its image, ``edu`` is what it is told
+    of the first ``edu``; the other one is in the server's process.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Rig:
         *,
         reboots: bool = False,
         disk: Callable[[Path], str] = "blk,path={}".format,
+        edu: str = "edu",
     ) -> None:
         self.lab = lab
         self.kernel = kernel
@@ -89,7 +91,7 @@ class Rig:
         self._closing = contextlib.ExitStack()
         with self.disk.open("wb") as image:
             image.truncate(_DISK_SIZE)
-        endpoints = {EDU: "edu", DISK: disk(self.disk), OTHER_EDU: "edu"}
+        endpoints = {EDU: edu, DISK: disk(self.disk), OTHER_EDU: "edu"}
         self.server = ViommuServer(directory / "serve", IOMMU, endpoints, *mode.options)
         self._closing.callback(self.server.stop)
         try:

@@ -24,6 +24,7 @@ __all__ = [
     "successive_domains",
     "take",
     "unmap_held",
+    "unmap_of_the_dead",
 ]
 
 _PAGE = 4096
@@ -141,6 +142,27 @@ def unmap_held(bdf: str, milliseconds: int, policy: int) -> dict[str, Any]:
             "result": device.wait(),
             "times": device.times(),
         }
+
+
+def unmap_of_the_dead(bdf: str, milliseconds: int) -> float:
+    """Unmap memory that the device holds for longer than it may, and dies for.
+
+    Returns how long the guest's unmap took (seconds).
+
+    Raises:
+        AssertionError: The device is there still.
+    """
+    memory = Memory(_PAGE)
+    with Container(bdf) as container:
+        device = Edu(container.devices[bdf])
+        container.map(_IOVA, memory)
+        device.hold(milliseconds)
+        device.start_write(_IOVA, 64)
+        before = time.monotonic()
+        assert container.unmap(_IOVA, _PAGE) == _PAGE
+        after = time.monotonic()
+        assert device.result() == edu.UNKNOWN, "its registers can still be read"
+        return after - before
 
 
 def one_domain(first: str, second: str) -> list[dict[str, Any]]:

@@ -69,8 +69,9 @@ class Edu:
         return self.wait()
 
     def start_write(self, iova: int, count: int, local: int = 0) -> None:
-        """Start what :meth:`write` does, and return at once."""
+        """Start what :meth:`write` does, and return as soon as it has begun."""
         self._start(BUFFER + local, iova, count, _RUN | _TO_MEMORY)
+        self.result()  # a read: what was written before it, and perhaps posted, has been done then
 
     def wait(self, timeout: float = 20.0) -> str:
         """Wait for the end of a transfer; return how it ended."""
