@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viommu.pci.layout import ConfigLayout, MsixPlace, mappable_areas, overlay
+from viommu.pci.layout import BarPlace, ConfigLayout, mappable_areas, overlay
 from viommu.spec import pci, vfio
 from viommu.vfio_user import RegionInfo
 
@@ -78,7 +78,7 @@ def test_where_msix_is() -> None:
 
     layout = ConfigLayout(config_space((0x40, pci.CAP_ID_MSIX, body)))
 
-    assert layout.msix == (MsixPlace(4, 0x2000, 0x2000 + 65 * 16), MsixPlace(1, 0x3000, 0x3010))
+    assert layout.msix == (BarPlace(4, 0x2000, 0x2000 + 65 * 16), BarPlace(1, 0x3000, 0x3010))
     assert ConfigLayout(config_space((0xFC, pci.CAP_ID_MSIX, b""))).msix == ()
 
 
@@ -105,12 +105,12 @@ def test_no_configuration_space_is_too_wrong(config: bytes) -> None:
     [
         (0x8000, MAPPABLE, (), [], [(0, 0x8000)]),
         (0x8000, READ_WRITE, (), [], []),
-        (0x8000, MAPPABLE, (), [MsixPlace(1, 0, 0x8000)], [(0, 0x8000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x2000, 0x2080)], [(0, 0x2000), (0x3000, 0x5000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x0, 0x10)], [(0x1000, 0x7000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x7FF8, 0x8000)], [(0, 0x7000)]),
-        (0x8000, MAPPABLE, (), [MsixPlace(0, 0x1FF0, 0x2010)], [(0, 0x1000), (0x3000, 0x5000)]),
-        (0x1000, MAPPABLE, (), [MsixPlace(0, 0x800, 0x900)], []),
+        (0x8000, MAPPABLE, (), [BarPlace(1, 0, 0x8000)], [(0, 0x8000)]),
+        (0x8000, MAPPABLE, (), [BarPlace(0, 0x2000, 0x2080)], [(0, 0x2000), (0x3000, 0x5000)]),
+        (0x8000, MAPPABLE, (), [BarPlace(0, 0x0, 0x10)], [(0x1000, 0x7000)]),
+        (0x8000, MAPPABLE, (), [BarPlace(0, 0x7FF8, 0x8000)], [(0, 0x7000)]),
+        (0x8000, MAPPABLE, (), [BarPlace(0, 0x1FF0, 0x2010)], [(0, 0x1000), (0x3000, 0x5000)]),
+        (0x1000, MAPPABLE, (), [BarPlace(0, 0x800, 0x900)], []),
         (0x100, MAPPABLE, (), [], []),
         (0x1100, MAPPABLE, (), [], [(0, 0x1000)]),
         (0x8000, MAPPABLE, ((0x4000, 0x4000), (0, 0x1000)), [], [(0, 0x1000), (0x4000, 0x4000)]),
@@ -119,7 +119,7 @@ def test_no_configuration_space_is_too_wrong(config: bytes) -> None:
             0x8000,
             MAPPABLE,
             ((0, 0x8000),),
-            [MsixPlace(0, 0x2000, 0x2080), MsixPlace(0, 0x3000, 0x3008)],
+            [BarPlace(0, 0x2000, 0x2080), BarPlace(0, 0x3000, 0x3008)],
             [(0, 0x2000), (0x4000, 0x4000)],
         ),
     ],
@@ -128,7 +128,7 @@ def test_what_can_be_mapped(
     size: int,
     flags: int,
     areas: tuple[tuple[int, int], ...],
-    taken: list[MsixPlace],
+    taken: list[BarPlace],
     expected: list[tuple[int, int]],
 ) -> None:
     region = RegionInfo(size, flags, areas=areas)

@@ -15,13 +15,13 @@ from viommu.spec import pci, vfio
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["ConfigLayout", "MsixPlace", "mappable_areas", "overlay"]
+__all__ = ["BarPlace", "ConfigLayout", "mappable_areas", "overlay"]
 
 _END_OF_MSIX: Final = 12  # bytes of the capability
 
 
-class MsixPlace(NamedTuple):
-    """``[start, end)`` of a BAR, which holds the table or the pending bits of MSI-X."""
+class BarPlace(NamedTuple):
+    """``[start, end)`` of a BAR."""
 
     bar: int
     start: int
@@ -78,7 +78,7 @@ class ConfigLayout:
         if advanced and config[advanced + pci.AF_CAP] & pci.AF_CAP_FLR:
             yield advanced + pci.AF_CTRL, pci.AF_CTRL_FLR
 
-    def _find_msix(self, config: bytes | bytearray) -> tuple[MsixPlace, ...]:
+    def _find_msix(self, config: bytes | bytearray) -> tuple[BarPlace, ...]:
         at = self.find(pci.CAP_ID_MSIX)
         if at is None or at + _END_OF_MSIX > len(config):
             return ()
@@ -86,7 +86,7 @@ class ConfigLayout:
         vectors = (control & pci.MSIX_CTRL_TABLE_SIZE) + 1
         sizes = (vectors * pci.MSIX_ENTRY_SIZE, -(-vectors // 64) * 8)
         return tuple(
-            MsixPlace(
+            BarPlace(
                 place & pci.MSIX_PLACE_BAR,
                 place & ~pci.MSIX_PLACE_BAR,
                 (place & ~pci.MSIX_PLACE_BAR) + size,
@@ -112,12 +112,13 @@ class _Region(Protocol):
 
 
 def mappable_areas(
-    bar: int, region: _Region, taken: Iterable[MsixPlace]
+    bar: int, region: _Region, taken: Iterable[BarPlace]
 ) -> tuple[tuple[int, int], ...]:
     """Return (offset, size) of the parts of a BAR that may be mapped, whole pages each.
 
-    The pages that hold MSI-X structures, ``taken``, may not, though newer kernels
-    would let them: the VMM has to see what a guest writes there.
+    The pages that hold what is ``taken`` may not. MSI-X's structures are always among
+    that, though newer kernels would let them: the VMM has to see what a guest writes
+    there.
     """
     if not region.flags & vfio.REGION_INFO_FLAG_MMAP:
         return ()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from viommu.memory.mmap_table import MmapArea, MmapMapping, MmapOwner
-    from viommu.pci.layout import MsixPlace
+    from viommu.pci.layout import BarPlace
     from viommu_backends.vfio_device import VfioDevice
 
 __all__ = ["BarAreas"]
@@ -37,7 +37,7 @@ class BarAreas:
         PeerError: EEXIST, the kernel names the same pages twice.
     """
 
-    def __init__(self, device: VfioDevice, taken: Iterable[MsixPlace]) -> None:
+    def __init__(self, device: VfioDevice, taken: Iterable[BarPlace]) -> None:
         self._device = device
         self._table = MmapTable()
         self._bars: list[MmapOwner] = []

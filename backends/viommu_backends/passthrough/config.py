@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from viommu.pci.layout import ConfigLayout, MsixPlace, overlay
+from viommu.pci.layout import BarPlace, ConfigLayout, overlay
 from viommu.spec import pci, vfio
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class HostConfig:
         self._device.write(_CONFIG, _BARS[0], bytes(_BARS[1] - _BARS[0]))
 
     @property
-    def msix(self) -> tuple[MsixPlace, ...]:
+    def msix(self) -> tuple[BarPlace, ...]:
         """Where the table and the pending bits of MSI-X are; empty without MSI-X."""
         return self._layout.msix
 

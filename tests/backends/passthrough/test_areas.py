@@ -8,7 +8,7 @@ import pytest
 
 from tests.backends.passthrough.fake_device import BAR0, BAR2
 from viommu.errors import PeerError
-from viommu.pci.layout import MsixPlace
+from viommu.pci.layout import BarPlace
 from viommu_backends.passthrough.areas import BarAreas
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.backends.passthrough.fake_device import FakeVfioDevice
     from viommu_backends.vfio_device import VfioDevice
 
-TABLES = [MsixPlace(0, 0x2000, 0x2080), MsixPlace(0, 0x3000, 0x3008)]
+TABLES = [BarPlace(0, 0x2000, 0x2080), BarPlace(0, 0x3000, 0x3008)]
 
 
 def offered(device: FakeVfioDevice) -> BarAreas:

@@ -11,7 +11,7 @@ from tests.memory.recording import RecordingTarget
 from viommu.errors import BackendError
 from viommu.memory.dma_target import AddressRange, DmaNeeds, MemoryKind
 from viommu.memory.regions import RegionManager
-from viommu.pci.layout import MsixPlace
+from viommu.pci.layout import BarPlace
 from viommu_backends.passthrough.areas import BarAreas
 from viommu_backends.passthrough.bars import BarRegions
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from viommu_backends.vfio_device import VfioDevice
 
 PAGE = mmap.PAGESIZE
-TABLE = MsixPlace(0, 0x2000, 0x4000)
+TABLE = BarPlace(0, 0x2000, 0x4000)
 
 
 class Rig:

@@ -11,7 +11,7 @@ from tests.backends.passthrough.fake_device import (
     PM,
     FakeVfioDevice,
 )
-from viommu.pci.layout import MsixPlace
+from viommu.pci.layout import BarPlace
 from viommu.spec import pci
 from viommu_backends.passthrough.config import HostConfig
 
@@ -94,7 +94,7 @@ def test_a_function_without_such_a_reset_is_not_reset(
 
 
 def test_where_msix_is(device: FakeVfioDevice, config: HostConfig) -> None:
-    assert config.msix == (MsixPlace(0, 0x2000, 0x2080), MsixPlace(0, 0x3000, 0x3008))
+    assert config.msix == (BarPlace(0, 0x2000, 0x2080), BarPlace(0, 0x3000, 0x3008))
     device._store(MSIX, b"\0")
     assert HostConfig(device).msix == ()
 
