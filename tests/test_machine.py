@@ -168,7 +168,7 @@ def test_an_endpoint_may_have_a_door_instead_of_a_socket(loop: Loop, tmp_path: P
     assert endpoint["connected"] is None
     assert endpoint["exports"]["socket"] == str(tmp_path / "00:08.0.export.sock")
     said = dict(machine.choices())
-    assert "00:08.0.export.sock; after 8 s log it" in said["backend of 00:08.0"]
+    assert "00:08.0.export.sock; to have it let go: wait on" in said["backend of 00:08.0"]
     machine.close()
     assert sockets(tmp_path) == []
 

@@ -145,7 +145,7 @@ def with_door(client: dict[str, Any] | None, socket: str | None = None) -> dict[
     snapshot = copy.deepcopy(SNAPSHOT)
     snapshot["endpoints"][1] |= {
         "connected": None,
-        "exports": {"socket": socket, "policy": "after 8 s log it", "client": client},
+        "exports": {"socket": socket, "policy": "wait on, and log it every 8 s", "client": client},
     }
     return snapshot
 
@@ -167,7 +167,7 @@ def test_who_holds_what_since_when_is_shown() -> None:
     lines = shown(with_door(CLIENT, "/run/v/00:07.0.export.sock"), 160)
 
     assert (
-        "00:07.0 99 1000 2 h faulted 0x1000 4 KiB x2 3.50 s 3.25 s after 8 s log it"
+        "00:07.0 99 1000 2 h faulted 0x1000 4 KiB x2 3.50 s 3.25 s wait on, and log it every 8 s"
         " /run/v/00:07.0.export.sock"
     ) in lines
     assert "0x8000 100 bytes 0.25 s" in lines
@@ -177,7 +177,7 @@ def test_who_holds_what_since_when_is_shown() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"waited for": None, "holds": [], "exports": 0}, "00:07.0 99 1000 2 h faulted - - after"),
+        ({"waited for": None, "holds": [], "exports": 0}, "00:07.0 99 1000 2 h faulted - - wait"),
         ({"connected": 40.0, "killed": True}, "00:07.0 99 1000 40 s killed 0x1000"),
         ({"connected": 600.0}, "00:07.0 99 1000 10 min faulted"),
         ({"exports": 70_000}, "and 69997 more"),
@@ -190,7 +190,7 @@ def test_what_a_client_is_doing_is_said(change: dict[str, Any], said: str) -> No
 
 
 def test_a_door_that_nobody_uses_is_shown() -> None:
-    assert "00:07.0 - after 8 s log it a pair" in shown(with_door(None), 160)
+    assert "00:07.0 - wait on, and log it every 8 s a pair" in shown(with_door(None), 160)
 
 
 def test_nothing_mapped() -> None:

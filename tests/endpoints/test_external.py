@@ -60,7 +60,8 @@ def test_it_is_an_endpoint_of_a_machine(house: House) -> None:
     assert endpoint.mapper.get_mask() == 0x1000
     assert endpoint.iova_range == (0, 1 << 64)
     assert endpoint.backend == (
-        f"export session of whoever connects to {house.path}; after 3 s log it"
+        f"export session of whoever uses {house.path};"
+        " to have it let go: wait on, and log it every 3 s"
     )
     assert house.path.is_socket()
 

@@ -32,14 +32,14 @@ def place(tmp_path: Path) -> Iterator[EndpointPlace]:
     ("description", "kind", "backend"),
     [
         ("edu", EmulatedEndpoint, "in this process"),
-        ("edu,process=own", OwnProcessEndpoint, "its own; after 8 s kill the process"),
+        ("edu,process=own", OwnProcessEndpoint, "its own; to have it let go: kill it after 8 s"),
         (
             "edu,hold=7,process=own,hold-limit=2,hold-policy=wait",
             OwnProcessEndpoint,
-            "its own; after 2 s log it",
+            "its own; to have it let go: wait on, and log it every 2 s",
         ),
-        ("external", ExternalEndpoint, "door; after 8 s log it"),
-        ("external,hold-limit=1.5,hold-policy=kill", ExternalEndpoint, "1.5 s kill the process"),
+        ("external", ExternalEndpoint, "door; to have it let go: wait on, and log it every 8 s"),
+        ("external,hold-limit=1.5,hold-policy=kill", ExternalEndpoint, "kill it after 1.5 s"),
     ],
 )
 def test_an_endpoint_is_where_its_description_says(

@@ -132,7 +132,7 @@ def test_it_says_which_process_it_is(both: Served, guest: Guest) -> None:
     assert edu["exports"]["client"]["pid"] == edu["process"]["pid"]
     assert edu["device"]["state"] == "alive"
     assert edu["backend"] == (
-        f"export session of process {both.pid(EDU)}, its own; after 8 s kill the process"
+        f"export session of process {both.pid(EDU)}, its own; to have it let go: kill it after 8 s"
     )
     assert {"IOMMU faults", "exports", "fault reports", "deaths"} <= set(edu["counters"])
 

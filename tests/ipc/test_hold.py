@@ -61,8 +61,8 @@ def test_what_is_told_of_may_stop_it(clock: Clock) -> None:
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (HoldPolicy(), "after 8 s log it"),
-        (HoldPolicy(0.5, Measure.KILL), "after 0.5 s kill the process"),
+        (HoldPolicy(), "wait on, and log it every 8 s"),
+        (HoldPolicy(0.5, Measure.KILL), "kill it after 0.5 s"),
     ],
 )
 def test_a_policy_can_be_said(policy: HoldPolicy, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import pytest
 
 from tests.ipc.rig import PAGE, RawClient, Rig, make_rig
 from viommu.errors import PeerError
-from viommu.ipc import protocol
+from viommu.ipc import packets, protocol
 from viommu.ipc.conversation import ExportLimits
 from viommu.ipc.hold import HoldPolicy, Measure
 from viommu.ipc.peer import PeerProcess
@@ -171,6 +172,42 @@ def test_releasing_what_is_not_held_ends_the_connection(rig: Rig) -> None:
     client.release(0x10000, PAGE)
 
     assert client.cut_off
+
+
+def test_a_client_that_can_not_be_answered_holds_until_it_has_let_go_too(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is out of something: that says nothing of the client, which may be writing."""
+    client = rig.connect()
+    fault = client.start()
+    client.export(0x10000, PAGE)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    monkeypatch.setattr(packets, "send", refuse)
+    client.request(Kind.MEMORY, protocol.FIRST.pack(0))
+    monkeypatch.undo()
+
+    assert is_set(fault)
+    assert client.cut_off
+    assert rig.mapper.exports.total == 1
+    client.close()
+    assert rig.gone == ["its socket: [Errno 109] too many references"]
+    fault.close()
+
+
+def test_nor_one_that_can_not_be_told_of_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = rig.connect()
+    list_memory(client)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOBUFS, "no buffers")
+
+    monkeypatch.setattr(packets, "send", refuse)
+    change_memory(rig)
+
+    assert rig.gone == ["its socket: [Errno 105] no buffers"]
 
 
 # -- a client that doesn't read

@@ -156,7 +156,7 @@ def test_a_door_that_is_closed_does_not_look_again(door: Rig) -> None:
 def test_the_description_is_for_json(door: Rig) -> None:
     nobody = door.server.describe()
     assert nobody["client"] is None
-    assert nobody["policy"] == "after 8 s log it"
+    assert nobody["policy"] == "wait on, and log it every 8 s"
     client = door.dial()
     client.start().close()
     client.export(0x10000, PAGE)

@@ -54,7 +54,8 @@ class ExternalEndpoint:
     @property
     def backend(self) -> str:
         """What translates its DMA, and where whoever does it connects."""
-        return f"export session of whoever connects to {self._exports.path}; {self._exports.policy}"
+        door = self._exports
+        return f"export session of whoever uses {door.path}; to have it let go: {door.policy}"
 
     def describe(self) -> dict[str, object]:
         """Return its export session, its client, what that holds, and counters."""

@@ -83,7 +83,7 @@ class OwnProcessEndpoint:
         """What translates its DMA, and which process does it."""
         pid = self._supervisor.pid
         process = "no process now" if pid is None else f"process {pid}"
-        return f"export session of {process}, its own; {self._exports.policy}"
+        return f"export session of {process}, its own; to have it let go: {self._exports.policy}"
 
     def describe(self) -> dict[str, object]:
         """Return its process, its export session, what it holds, and counters."""

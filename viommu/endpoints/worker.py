@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["main", "work"]
 
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+_PATIENCE: Final = (
+    60.0  # seconds; a server that has ended is noticed at once, one that is slow isn't
+)
 _CANNOT: Final = 1  # exit status: the endpoint can't be made
 
 
@@ -55,7 +58,7 @@ def work(name: str, description: str, device: socket.socket, exports: socket.soc
     with contextlib.closing(Loop()) as loop, contextlib.ExitStack() as closing:
         closing.enter_context(device)
         try:
-            client = ExportClient(exports, on_lost=lambda _: loop.stop())
+            client = ExportClient(exports, timeout=_PATIENCE, on_lost=lambda _: loop.stop())
         except PeerError:
             return _CANNOT  # the server has gone before it began
         closing.callback(client.close)

@@ -36,8 +36,9 @@ class HoldPolicy(NamedTuple):
     measure: Measure = Measure.WAIT
 
     def __str__(self) -> str:
-        after = "log it" if self.measure is Measure.WAIT else "kill the process"
-        return f"after {self.limit:g} s {after}"
+        if self.measure is Measure.KILL:
+            return f"kill it after {self.limit:g} s"
+        return f"wait on, and log it every {self.limit:g} s"
 
 
 class HoldWatch:

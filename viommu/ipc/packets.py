@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from viommu.errors import PeerError
 from viommu.ipc.protocol import MAX_REQUEST, Packet
 from viommu.vfio_user.connection import close_fds, receive, send
 
@@ -50,7 +52,8 @@ class PacketSocket:
         File descriptors that come with it are closed: a client has none to give.
 
         Raises:
-            EOFError: The client has closed the connection, or it broke.
+            EOFError: The client has closed the connection.
+            PeerError: It broke; the client may still be there.
         """
         try:
             # One byte more than allowed shows a packet that is too long.
@@ -58,7 +61,7 @@ class PacketSocket:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise EOFError(str(error)) from error
+            raise _broken(error) from error
         close_fds(fds)
         if not data:
             raise EOFError("closed by the client")
@@ -68,7 +71,7 @@ class PacketSocket:
         """Send packets, or queue what doesn't fit; their file descriptors are closed then.
 
         Raises:
-            EOFError: The connection is broken.
+            EOFError, PeerError: As :meth:`receive`.
         """
         self._queue.extend(packets)
         self.flush()
@@ -77,7 +80,7 @@ class PacketSocket:
         """Send what is queued, as far as it fits.
 
         Raises:
-            EOFError: The connection is broken.
+            EOFError, PeerError: As :meth:`receive`.
         """
         while self._queue:
             data, fds = self._queue[0]
@@ -86,7 +89,7 @@ class PacketSocket:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise EOFError(str(error)) from error
+                raise _broken(error) from error
             discard([self._queue.popleft()])
 
     def say_no_more(self) -> None:
@@ -103,6 +106,14 @@ class PacketSocket:
     def _drop_queue(self) -> None:
         discard(self._queue)
         self._queue.clear()
+
+
+def _broken(error: OSError) -> EOFError | PeerError:
+    """Return what an error of a socket means: that the client has gone, or not."""
+    if isinstance(error, BrokenPipeError | ConnectionResetError):
+        return EOFError(str(error))
+    # ETOOMANYREFS, ENOBUFS, ...: this process or its user is out of something.
+    return PeerError(error.errno or errno.EIO, f"its socket: {error}")
 
 
 def hung_up(sock: socket.socket) -> bool:

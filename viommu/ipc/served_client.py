@@ -176,6 +176,9 @@ class ServedClient:
         except EOFError as error:
             self._gone(str(error))
             return
+        except PeerError as error:
+            self._hang_up(str(error))
+            return
         if not self._packets.backlog:
             self._loop.forget(self._packets)
             self._loop.on_readable(self._packets, self._serve)
@@ -194,6 +197,8 @@ class ServedClient:
             self._packets.send(self._conversation.memory_changed())
         except EOFError as error:
             self._gone(str(error))
+        except PeerError as error:
+            self._hang_up(str(error))
         else:
             self._pause_unless_read()
 
