@@ -19,7 +19,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 # Modules whose tests are elsewhere than in tests/<same path>/test_<module>.py, and why.
 TESTED_ELSEWHERE = {
     "viommu._version": "one constant, compared with the changelog below",
-    "viommu.endpoints.remote.afterlife": "a contract: tests/virtio/test_undertaker.py runs it",
+    "viommu.endpoints.remote.companions": "a contract: tests/virtio/test_undertaker.py runs it",
     "viommu.mapper": "a contract: tests/test_basic.py runs it on an implementation",
     "viommu.spec._struct": "the base of every structure: tests/spec/test_layouts.py",
     "viommu.spec.pci": "layouts: tests/spec/test_layouts.py compares them with the C headers",

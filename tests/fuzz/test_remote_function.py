@@ -16,6 +16,7 @@ from viommu.memory import GuestMemory
 from viommu.spec import pci, vfio, virtio_pci
 from viommu.spec import vfio_user as spec
 from viommu.vfio_user import RegionInfo
+from viommu.virtio.behind_iommu import BehindIommu
 from viommu.virtio.undertaker import Undertaker
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Nothing(GuestMemory):
 
 def disk() -> Rig:
     """A rig whose device is a virtio disk, so that its undertaker has something to do."""
-    rig = Rig()
+    rig = Rig(access_filter=BehindIommu())
     shape = rig.stage.shape
     shape.regions[4] = RegionInfo(0x4000, READ_WRITE)
     shape.put(pci.VENDOR_ID, 0x10421AF4, 4)

@@ -11,7 +11,7 @@ from viommu.spec import pci, vfio
 from viommu.spec import virtio_pci as spec
 from viommu.spec.virtio_pci import CfgType
 from viommu.virtio.pci import VirtioPciFunction
-from viommu.virtio.structures import Structure, find_structures
+from viommu.virtio.structures import Structure, find_structures, find_virtio, is_disk
 
 
 def vendor(kind: int, bar: int, offset: int, length: int, size: int = 16) -> bytes:
@@ -30,6 +30,24 @@ def test_those_of_our_own_devices() -> None:
         CfgType.DEVICE: Structure(0, 0x2000, 0x2006),
         CfgType.NOTIFY: Structure(0, 0x3000, 0x3008),
     }
+
+
+@pytest.mark.parametrize(
+    ("ids", "virtio", "disk"),
+    [
+        (0x10421AF4, True, True),
+        (0x10011AF4, True, True),
+        (0x106A1AF4, True, False),
+        (0x10421AF5, False, False),
+    ],
+)
+def test_what_a_device_is(ids: int, virtio: bool, disk: bool) -> None:
+    function = VirtioPciFunction("echo", GuestMemory(), EchoDevice())
+    config = function.region_read(vfio.PCI_CONFIG_REGION_INDEX, 0, 256)
+    config = ids.to_bytes(4, "little") + config[4:]
+
+    assert bool(find_virtio(config)) is virtio
+    assert is_disk(config) is disk
 
 
 @pytest.mark.parametrize(

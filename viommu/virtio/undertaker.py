@@ -19,15 +19,15 @@ import logging
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from viommu.errors import RingError
-from viommu.pci.layout import ConfigLayout, overlay
-from viommu.spec import pci, vfio, virtio_blk
+from viommu.pci.layout import overlay
+from viommu.spec import vfio
 from viommu.spec import virtio_pci as spec
 from viommu.spec.virtio_config import STATUS_DEVICE_NEEDS_RESET, STATUS_DRIVER_OK, Feature
 from viommu.virtio.driver_registers import DriverRegisters, FollowedQueue
 from viommu.virtio.orphaned_queue import OrphanedQueue
 from viommu.virtio.ring import SplitQueue
 from viommu.virtio.ring_memory import RingMemory
-from viommu.virtio.structures import Structure, find_structures
+from viommu.virtio.structures import Structure, find_virtio, is_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,6 @@ _STATUS: Final[int] = _LAYOUT.device_status.offset
 _QUEUE_ENABLE: Final[int] = _LAYOUT.queue_enable.offset
 _QUEUE_RESET: Final[int] = _LAYOUT.queue_reset.offset
 
-_DISKS: Final = (spec.DEVICE_ID_BASE + virtio_blk.DEVICE_ID, 0x1001)  # the latter transitional
 _MAX_CONFIG: Final = 4096  # bytes of device configuration that are remembered
 _BUDGET: Final = 64  # requests of a queue ended in one turn of the loop
 _PATROL: Final = 0.5  # seconds; a kick in a page that the VMM maps is seen by nobody
@@ -68,7 +67,7 @@ class _State(enum.Enum):
 
 
 class Undertaker:
-    """Implements :class:`~viommu.endpoints.remote.afterlife.Afterlife` for virtio devices.
+    """Implements :class:`~viommu.endpoints.remote.companions.Afterlife` for virtio devices.
 
     While the device is alive it follows what the driver tells it, and keeps what the
     device answers of its configuration. Does nothing for a device that isn't virtio,
@@ -98,13 +97,8 @@ class Undertaker:
 
     def follow(self, config: bytes) -> None:
         """Get to know the device by its configuration space."""
-        vendor, device = (
-            int.from_bytes(config[at : at + 2], "little") for at in (pci.VENDOR_ID, pci.DEVICE_ID)
-        )
-        ours = vendor == spec.VENDOR_ID
-        found = ConfigLayout(config).find_all(pci.CAP_ID_VENDOR) if ours else []
-        self._structures = find_structures(config, found)
-        self._is_disk = ours and device in _DISKS
+        self._structures = find_virtio(config)
+        self._is_disk = is_disk(config)
         area = self._structures.get(spec.CfgType.DEVICE)
         size = min(area.end - area.start, _MAX_CONFIG) if area is not None else 0
         self._config = bytearray(b"\xff" * size)

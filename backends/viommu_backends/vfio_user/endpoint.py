@@ -14,6 +14,7 @@ from viommu.iova import ADDRESS_SPACE_END
 from viommu.vfio_user import dial
 from viommu.vfio_user.connection import peer_process
 from viommu.vfio_user.loop_client import default_offers
+from viommu.virtio.behind_iommu import BehindIommu
 from viommu.virtio.undertaker import Undertaker
 from viommu_backends.vfio_user.mapper import VfioUserMapper
 
@@ -77,6 +78,7 @@ class VfioUserEndpoint:
                 port=self._dma,
                 watcher=_Watcher(self.mapper, self._dma),
                 afterlife=Undertaker(place.name, self._dma, place.loop),
+                access_filter=BehindIommu(),
                 mappable=options.mappable,
                 offers=self.mapper.offers(default_offers(serves=True)),
                 timeout=options.timeout,

@@ -85,6 +85,22 @@ class Ghost:
         return log
 
 
+class Shift:
+    """A filter that adds one to every byte on its way, either way."""
+
+    def __init__(self) -> None:
+        self.followed = 0
+
+    def follow(self, config: bytes) -> None:
+        self.followed = len(config)
+
+    def seen(self, region: int, offset: int, data: bytes) -> bytes:
+        return bytes(byte + 1 for byte in data)
+
+    def passed(self, region: int, offset: int, data: bytes) -> bytes:
+        return bytes(byte + 1 for byte in data)
+
+
 class Rig:
     """A function in front of a scripted device, in a loop whose clock the test turns."""
 

@@ -13,12 +13,13 @@ from tests.endpoints.remote.scripted import (
     INTX,
     MAPPABLE,
     MSIX,
+    MSIX_CAP,
     READ_WRITE,
     Shape,
 )
 from viommu.endpoints.remote.description import Description
 from viommu.errors import BackendError
-from viommu.spec import pci, vfio
+from viommu.spec import pci, vfio, virtio_pci
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import DeviceInfo, IrqInfo, RegionInfo
 
@@ -123,6 +124,20 @@ def test_a_bar_that_is_mapped_whole_has_no_areas(file: Callable[[int], int]) -> 
     told = describe(shape).region_info(0, mappable=True)
 
     assert told == RegionInfo(0x1000, MAPPABLE, fd)
+
+
+def test_registers_that_have_to_be_seen_are_not_mapped(file: Callable[[int], int]) -> None:
+    shape = Shape()
+    shape.put(pci.VENDOR_ID, 0x10421AF4, 4)
+    for at, kind, offset in ((0xA0, 1, 0), (0xB0, 4, 0x2000), (0xC0, 2, 0x3000)):
+        shape.config[at : at + 2] = bytes([pci.CAP_ID_VENDOR, at + 16 if kind != 2 else 0])
+        shape.config[at + 2 : at + 16] = virtio_pci.CAP_BODY.pack(16, kind, 0, 0, offset, 60)
+    shape.config[MSIX_CAP + 1] = 0xA0
+    shape.regions[0] = RegionInfo(0x4000, MAPPABLE, file(0x4000))
+
+    told = describe(shape).region_info(0, mappable=True)
+
+    assert told.areas == ((0x1000, 0x1000), (0x3000, 0x1000))
 
 
 def test_a_bar_without_a_file_can_not_be_mapped() -> None:

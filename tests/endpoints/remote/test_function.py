@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.endpoints.remote.conftest import Shift
 from tests.endpoints.remote.scripted import (
     CONFIG,
     FLR,
@@ -76,6 +77,21 @@ def test_writes_are_passed_on_in_order_without_waiting(rig: Rig) -> None:
 
     assert all(rig.done(one) for one in done)
     assert [entry[2] for entry in rig.stage.device.log] == [0, 4, 8, 12, 16]
+
+
+def test_a_filter_stands_in_between(make: Callable[..., Rig]) -> None:
+    between = Shift()
+    rig = make(access_filter=between).start()
+    rig.stage.device.bars[2][0x10:0x14] = b"abcd"
+    rig.ghost.told()
+
+    assert rig.read(2, 0x10, 4) == b"bcde"
+    rig.write(2, 0x20, b"xy")
+
+    assert between.followed == 256
+    assert rig.stage.device.log[-1] == ("write", 2, 0x20, b"yz")
+    assert rig.ghost.told() == [("answered", 2, 0x10, b"abcd")]
+    assert rig.read(CONFIG, 0, 2) == b"\x36\x1b"
 
 
 def test_large_accesses_come_in_pieces(make: Callable[..., Rig]) -> None:

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from viommu.deferred import Deferred, all_done
 from viommu.endpoints.remote.access import read_region
 from viommu.errors import PeerError, ViommuError
-from viommu.pci.layout import ConfigLayout, mappable_areas
+from viommu.pci.layout import BarPlace, ConfigLayout, mappable_areas
 from viommu.spec import pci, vfio
+from viommu.spec.virtio_pci import CfgType
 from viommu.vfio_user import IrqInfo, RegionInfo, requests
 from viommu.vfio_user.connection import close_fds
+from viommu.virtio.structures import find_virtio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from viommu.vfio_user.loop_client import LoopClient
     from viommu.vfio_user.requests import DeviceInfo
 
@@ -61,6 +65,7 @@ class Description:
         self.irqs = [irqs.get(index, _NO_IRQ) for index in range(vfio.PCI_NUM_IRQS)]
         self.config = config
         self.layout = ConfigLayout(config)
+        self._not_mappable = (*self.layout.msix, *_followed(config))
         self.config_size = (
             pci.CONFIG_SPACE_SIZE
             if regions[_CONFIG].size >= pci.CONFIG_SPACE_SIZE
@@ -70,8 +75,8 @@ class Description:
     def region_info(self, index: int, *, mappable: bool) -> RegionInfo:
         """Describe a region to a VMM: its BARs and configuration space, nothing else.
 
-        What it may map are whole pages that lie in the file and hold no MSI-X
-        structure; if not ``mappable``, nothing.
+        What it may map are whole pages that lie in the file and hold nothing that
+        somebody between has to see, such as MSI-X's table; if not ``mappable``, nothing.
         """
         if index == _CONFIG:
             return RegionInfo(self.config_size, _READ_WRITE)
@@ -124,7 +129,7 @@ class Description:
         inside = [area for area in info.areas if sum(area) <= info.size]
         if info.fd is None or (info.areas and not inside):
             return ()
-        found = mappable_areas(index, info._replace(areas=tuple(inside)), self.layout.msix)
+        found = mappable_areas(index, info._replace(areas=tuple(inside)), self._not_mappable)
         status = os.fstat(info.fd)
         if stat.S_ISREG(status.st_mode):
             # Memory behind the end of a file would end the VMM with a signal.
@@ -200,6 +205,16 @@ class _Reader:
     def _give_up(self, error: ViommuError) -> None:
         close_fds([info.fd for info in self._regions.values() if info.fd is not None])
         self.found.refuse(error)
+
+
+def _followed(config: bytes) -> Iterator[BarPlace]:
+    """Yield where a driver of a virtio device does what others than the device must know of.
+
+    Notifications are not among that: they come in any number, and can do without.
+    """
+    for kind, structure in find_virtio(config).items():
+        if kind is not CfgType.NOTIFY:
+            yield BarPlace(*structure)
 
 
 def _keep(table: dict[int, T], index: int, answer: Deferred[T]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from viommu.endpoints.remote.afterlife import Afterlife, LinkWatcher
+    from viommu.endpoints.remote.companions import AccessFilter, Afterlife, LinkWatcher
     from viommu.endpoints.remote.description import Description
     from viommu.loop import Loop
     from viommu.memory import GuestMemory
@@ -61,6 +61,7 @@ class RemoteFunction:
         port: What the device reaches by DMA_READ and DMA_WRITE.
         watcher: Who gives the device its address space.
         afterlife: What a driver of the dead device needs not to hang.
+        access_filter: What stands between the device and its driver.
         mappable: Whether VMMs may map BARs. A device whose BARs a VMM has mapped can't
             come back before the VMM does: its new memory can't get there.
         offers: What the device is offered, by default what fits ``port``.
@@ -85,6 +86,7 @@ class RemoteFunction:
         port: DmaPort | None = None,
         watcher: LinkWatcher | None = None,
         afterlife: Afterlife | None = None,
+        access_filter: AccessFilter | None = None,
         mappable: bool = True,
         offers: Capabilities | None = None,
         timeout: float = _DEFAULT_TIMEOUT,
@@ -101,6 +103,7 @@ class RemoteFunction:
         self._loop = loop
         self._watcher = watcher
         self._afterlife = afterlife
+        self._filter = access_filter
         self._mappable = mappable
         self._device: Description
         self._config: RemoteConfig
@@ -165,6 +168,8 @@ class RemoteFunction:
         if index == _CONFIG:
             return self._write_config(offset, data)
         resets = self._afterlife is not None and self._afterlife.wrote(index, offset, data)
+        if self._filter is not None:
+            data = self._filter.passed(index, offset, data)
         client = self._link.client
         if client is not None:
             self._in_use = not resets
@@ -288,8 +293,9 @@ class RemoteFunction:
         self._device = description
         self._config = RemoteConfig(description)
         self._irqs = RemoteIrqs(self.name, description.irqs)
-        if self._afterlife is not None:
-            self._afterlife.follow(description.config)
+        for companion in (self._afterlife, self._filter):
+            if companion is not None:
+                companion.follow(description.config)
 
     def _revive(self) -> Deferred[None]:
         """Try to get a device; done when there is one, or none."""
@@ -419,7 +425,7 @@ class RemoteFunction:
             return self._config.seen(offset, data)
         if self._afterlife is not None:
             self._afterlife.answered(index, offset, data)
-        return data
+        return data if self._filter is None else self._filter.seen(index, offset, data)
 
     def _read_dead(self, index: int, offset: int, count: int) -> bytes:
         self.missed += 1

@@ -1,4 +1,4 @@
-"""Who is told of a device in another process, and what may answer when it has died."""
+"""Who accompanies a device in another process: told of it, between, or in its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from viommu.vfio_user import IrqLines
     from viommu.vfio_user.loop_client import LoopClient
 
-__all__ = ["Afterlife", "LinkWatcher"]
+__all__ = ["AccessFilter", "Afterlife", "LinkWatcher"]
 
 
 class LinkWatcher(Protocol):
@@ -30,6 +30,22 @@ class LinkWatcher(Protocol):
         """Follow COMMAND.BUS_MASTER as the guest wrote it; it is off after a reset."""
 
 
+class AccessFilter(Protocol):
+    """Stands between a device and its driver, and may show each something else.
+
+    It must not raise for what either of them does.
+    """
+
+    def follow(self, config: bytes) -> None:
+        """Get to know the device by the first 256 bytes of its configuration space."""
+
+    def seen(self, region: int, offset: int, data: bytes) -> bytes:
+        """Return what the driver sees of what the device answered to a read of a BAR."""
+
+    def passed(self, region: int, offset: int, data: bytes) -> bytes:
+        """Return what the device gets of what the driver writes to a BAR; as many bytes."""
+
+
 class Afterlife(Protocol):
     """Knows a kind of device, follows its driver, and stands in when the device has died.
 
@@ -37,7 +53,7 @@ class Afterlife(Protocol):
     """
 
     def follow(self, config: bytes) -> None:
-        """Get to know the device by its configuration space, whenever it is connected."""
+        """Get to know the device by the first 256 bytes of its configuration space."""
 
     def wrote(self, region: int, offset: int, data: bytes) -> bool:
         """Follow a write to a BAR, dead or alive; return whether it resets the device."""
