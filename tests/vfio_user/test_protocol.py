@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from viommu.errors import BackendError, GuestError, GuestMemoryError, PeerError, UsageError
 from viommu.spec import vfio_user as spec
+from viommu.vfio_user.loop_client import default_offers
 from viommu.vfio_user.protocol import (
     Capabilities,
     Message,
@@ -247,6 +248,21 @@ def test_negotiation(
         "capabilities": {"max_msg_fds": 8, "max_data_xfer_size": 1048576}
     }
     assert reply[-1:] == b"\0"
+
+
+@pytest.mark.parametrize(
+    ("payload", "forgets"),
+    [
+        (version(QEMU), True),
+        (version(CLOUD_HYPERVISOR), False),
+        (encode_version(1, default_offers(serves=True)), False),
+        (encode_version(1, default_offers(serves=False)), False),
+    ],
+    ids=["QEMU", "Cloud Hypervisor", "ours with memory", "ours"],
+)
+def test_only_qemu_forgets_what_it_asked(payload: bytes, *, forgets: bool) -> None:
+    theirs, _ = negotiate(payload, Capabilities(8))
+    assert theirs.forgets == forgets
 
 
 def test_the_reply_fits_into_qemu_s_buffer() -> None:

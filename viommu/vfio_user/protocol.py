@@ -220,9 +220,10 @@ class Capabilities:
         """Return whether this client forgets a request that is not answered in time.
 
         QEMU does: a late reply with a payload breaks the stream, one without is only
-        logged. Cloud Hypervisor waits for ever, and doesn't understand an error.
+        logged. Cloud Hypervisor waits for ever, and doesn't understand an error. Our own
+        client, which says what QEMU says to be asked for memory, waits or closes.
         """
-        return self._is_qemu
+        return self._is_qemu and not self.message_dma
 
     @property
     def _is_qemu(self) -> bool:
