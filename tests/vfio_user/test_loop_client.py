@@ -336,6 +336,21 @@ def test_parts_of_a_region(device: RawDevice, eventfd: Callable[..., int]) -> No
     assert [os.eventfd_read(fd) for fd in fds] == [1, 2]
 
 
+@pytest.mark.parametrize("needed", [[56, 57], [2**32 - 1]], ids=["grows", "huge"])
+def test_parts_that_never_fit(
+    device: RawDevice, eventfd: Callable[..., int], needed: list[int]
+) -> None:
+    deferred = device.client.region_io_fds(1)
+    part = struct.pack("<QQIIIIQ", 0, 4, 0, 0, 0, 0, 0)
+    for size in needed:
+        message = device.next()
+        room = struct.unpack_from("<I", message.payload)[0]
+        head = struct.pack("<IIII", size, 0, 1, 1)
+        device.send(reply_to(message, (head + part)[:room]), [eventfd()])  # none may stay open
+    assert ended(device, errno.EPROTO)
+    assert refusal(deferred) == errno.EPROTO
+
+
 # --- the device's memory
 
 

@@ -274,6 +274,14 @@ def test_parts_of_a_region_as_libvfio_user_has_them() -> None:
     assert request.decode(message) == (160, parts, (33, 34))
 
 
+def test_half_an_answer_on_parts_comes_without_its_files() -> None:
+    request = requests.region_io_fds(1, 16 + 40)
+    part = struct.pack("<QQIIIIQ", 0, 4, 0, 0, 0, 0, 0)
+    message = answer(request, struct.pack("<IIII", 96, 0, 1, 1) + part, [33])
+    assert request.decode(message) == (96, (), ())
+    assert message.fds == [33]
+
+
 # --- negotiation
 
 

@@ -215,7 +215,8 @@ def region_io_fds(index: int, argsz: int = spec.REGION_IO_FDS.size) -> Request[I
         if number != index:
             raise nonsense(f"file descriptors of region {number} instead of {index}")
         parts = _io_fds(payload[spec.REGION_IO_FDS.size :], count, len(message.fds))
-        if not parts:  # there are none, or they don't fit
+        # There are none, or they don't fit: who asks again drops what came with this answer.
+        if not parts or needed > argsz:
             return IoFdsReply(needed, (), ())
         fds = tuple(message.fds)
         message.fds.clear()
