@@ -259,6 +259,19 @@ def test_a_client_that_sends_very_much_is_the_end(
     check_end(line, "too much")
 
 
+def test_an_answer_to_what_was_not_read_is_the_end(line: Line, memfd: Callable[..., int]) -> None:
+    """Half a command would wait to be sent, and the client not be read from until it is."""
+    line.port.max_transfer = 4 << 20
+    before = open_fds()
+    header = spec.HEADER.pack(7, Command.DMA_WRITE, 16, spec.F_TYPE_REPLY, 0)
+    send(line.peer, header, [memfd()])
+    with pytest.raises(GuestMemoryError, match="answered what it had not read"):
+        line.port.write(GPA, bytes(4 << 20))
+    assert line.lost == ["it answered what it had not read"]
+    assert line.port.ended
+    assert open_fds() == before + 1
+
+
 def test_a_command_that_does_not_fit_the_socket_is_sent_in_pieces(line: Line) -> None:
     """The client reads and answers in a thread of its own."""
     line.port.max_transfer = 4 << 20

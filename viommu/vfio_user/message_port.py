@@ -152,6 +152,10 @@ class MessagePort:
                 ident,
                 command,
             ):
+                if self._connection.backlog:
+                    # What is left of the command would be nobody's to send.
+                    close_fds(message.fds)
+                    raise EOFError("it answered what it had not read")
                 return message
             else:
                 self._keep(message)
