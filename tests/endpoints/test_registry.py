@@ -9,9 +9,9 @@ from tests.endpoints import host_kind
 from tests.endpoints.rig import Rig, make_rig
 from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.edu import EduFunction
+from viommu.endpoints.options import Running
 from viommu.endpoints.registry import (
     KINDS,
-    Running,
     common_options,
     make_endpoint,
     parse_endpoint,
@@ -19,7 +19,6 @@ from viommu.endpoints.registry import (
     without_common,
 )
 from viommu.errors import UsageError
-from viommu.ipc.hold import HoldPolicy, Measure
 from viommu.spec.virtio_blk import Feature
 from viommu.virtio.pci import VirtioPciFunction
 
@@ -114,38 +113,17 @@ def test_a_kind_of_somebody_else_is_named_by_its_module(rig: Rig) -> None:
     assert function.engine.hold_ms == 7
 
 
-OWN = HoldPolicy(8.0, Measure.KILL)
-
-
-@pytest.mark.parametrize(
-    ("description", "expected"),
-    [
-        ("edu", Running(own=False, policy=HoldPolicy(8.0, Measure.WAIT))),
-        ("edu,process=own", Running(own=True, policy=OWN)),
-        ("edu,process=own,hold-limit=0.5", Running(own=True, policy=OWN._replace(limit=0.5))),
-        (
-            "edu,hold-policy=wait,process=own",
-            Running(own=True, policy=OWN._replace(measure=Measure.WAIT)),
-        ),
-        ("external", Running(own=False, policy=HoldPolicy(8.0, Measure.WAIT))),
-        ("external,hold-policy=kill,hold-limit=20", Running(False, HoldPolicy(20, Measure.KILL))),
-    ],
-)
-def test_where_an_endpoint_runs(description: str, expected: Running) -> None:
-    assert running(description) == expected
+def test_where_an_endpoint_runs_is_what_its_options_say() -> None:
+    assert running("edu,hold=3,process=own") == Running.read({"process": "own"})
+    assert not running("external").own
 
 
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ("edu,process=other", "process=other: expected own"),
-        ("edu,process=own,hold-limit=0", r"hold-limit=0: expected seconds, more than 0 and up to"),
-        ("edu,process=own,hold-limit=nan", "hold-limit=nan: expected seconds"),
-        ("edu,process=own,hold-limit=1e9", "hold-limit=1e9: expected seconds"),
-        ("edu,process=own,hold-limit=x", "hold-limit=x: expected seconds"),
-        ("external,hold-policy=ask", "hold-policy=ask: expected wait or kill"),
         ("edu,hold-limit=3", "edu: hold-limit is for process=own"),
         ("edu,hold-policy=kill", "edu: hold-policy is for process=own"),
+        ("edu,process=other", "edu: process=other: expected own"),
         ("external,process=own", "external has no option 'process'"),
     ],
 )

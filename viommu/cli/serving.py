@@ -22,7 +22,8 @@ from viommu.cli.parameters import (
 )
 from viommu.control import SOCKET_NAME, ControlServer
 from viommu.endpoints.opening import has_function
-from viommu.endpoints.registry import KINDS, common_options, endpoint_kinds
+from viommu.endpoints.options import HOLD_OPTIONS, PROCESS_OPTIONS
+from viommu.endpoints.registry import endpoint_kinds
 from viommu.machine import Machine, MachineOptions
 from viommu.vmm import (
     MEMORY_REMEDY,
@@ -103,9 +104,10 @@ def endpoint_help() -> str:
     for name, kind in endpoint_kinds().items():
         lines.append(f"  {name}: {kind.help}")
         lines += _option_lines(kind.options)
-    emulated = next(kind for kind in KINDS.values() if kind.make is not None)
-    lines += ["", "  Options of all kinds that are emulated here (the last two also of external):"]
-    lines += _option_lines(common_options(emulated))
+    lines += ["", "Options of all kinds that are emulated here:"]
+    lines += _option_lines(PROCESS_OPTIONS)
+    lines += ["", "Options of those with a process of their own, and of external:"]
+    lines += _option_lines(HOLD_OPTIONS)
     return "\n".join(lines)
 
 

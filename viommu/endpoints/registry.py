@@ -19,8 +19,8 @@ from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.edu import EduFunction
 from viommu.endpoints.edu_registers import MAX_HOLD_MS
 from viommu.endpoints.host import ENTRY_POINTS, HostKind
+from viommu.endpoints.options import HOLD_OPTIONS, PROCESS_OPTIONS, Option, Running
 from viommu.errors import UsageError
-from viommu.ipc.hold import DEFAULT_LIMIT, HoldPolicy, Measure
 from viommu.virtio.pci import VirtioPciFunction
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ __all__ = [
     "without_common",
 ]
 
-_MAX_HOLD_LIMIT: Final = 3600.0  # seconds
-
 
 class Place(NamedTuple):
     """Where an endpoint goes: its name, the memory of its guest, its port and the loop."""
@@ -57,14 +55,6 @@ class Place(NamedTuple):
     memory: GuestMemory
     dma: EndpointDma
     loop: Loop
-
-
-class Option(NamedTuple):
-    """An option of a kind: how its value is read (UsageError when it can't be), and help."""
-
-    parse: Callable[[str], Any]
-    help: str
-    required: bool = False
 
 
 class EndpointKind(NamedTuple):
@@ -76,13 +66,6 @@ class EndpointKind(NamedTuple):
     help: str
     options: Mapping[str, Option]
     make: Callable[[Place, Mapping[str, Any]], PciFunction] | None
-
-
-class Running(NamedTuple):
-    """Whether an endpoint has a process of its own, and what is done if that holds memory."""
-
-    own: bool
-    policy: HoldPolicy
 
 
 def find_kind(name: str) -> EndpointKind | HostKind:
@@ -149,7 +132,7 @@ def common_options(kind: EndpointKind | HostKind) -> Mapping[str, Option]:
     """Return the options that a kind has in common with others."""
     if isinstance(kind, HostKind):
         return {}
-    return _HOLD_OPTIONS if kind.make is None else {**_PROCESS_OPTIONS, **_HOLD_OPTIONS}
+    return HOLD_OPTIONS if kind.make is None else {**PROCESS_OPTIONS, **HOLD_OPTIONS}
 
 
 def running(description: str) -> Running:
@@ -158,11 +141,7 @@ def running(description: str) -> Running:
     Raises:
         UsageError: The description is wrong.
     """
-    _, options = parse_endpoint(description)
-    own = "process" in options
-    # A process that we started we may also end; one that isn't ours only if we are told to.
-    measure = options.get("hold-policy", Measure.KILL if own else Measure.WAIT)
-    return Running(own, HoldPolicy(options.get("hold-limit", DEFAULT_LIMIT), measure))
+    return Running.read(parse_endpoint(description)[1])
 
 
 def without_common(description: str) -> str:
@@ -228,32 +207,6 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
-def _own(value: str) -> str:
-    """Read ``own``, the only value so far."""
-    if value != "own":
-        raise UsageError("expected own")
-    return value
-
-
-def _seconds(value: str) -> float:
-    """Read a number of seconds that something may take."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= _MAX_HOLD_LIMIT:
-        raise UsageError(f"expected seconds, more than 0 and up to {_MAX_HOLD_LIMIT:g}")
-    return seconds
-
-
-def _measure(value: str) -> Measure:
-    """Read what is done about a client that does not let go."""
-    try:
-        return Measure(value)
-    except ValueError:
-        raise UsageError("expected wait or kill") from None
-
-
 def _milliseconds(value: str) -> int:
     """Read a hold time."""
     if not value.isdecimal() or int(value) > MAX_HOLD_MS:
@@ -277,17 +230,6 @@ def _make_blk(place: Place, options: Mapping[str, Any]) -> PciFunction:
     )
     return VirtioPciFunction(place.name, place.memory, device, place.dma)
 
-
-_PROCESS_OPTIONS: Final = {
-    "process": Option(_own, "own: the endpoint runs in a process of its own"),
-}
-_HOLD_OPTIONS: Final = {
-    "hold-limit": Option(
-        _seconds,
-        f"how long that may hold memory that the guest has unmapped, seconds ({DEFAULT_LIMIT:g})",
-    ),
-    "hold-policy": Option(_measure, "then wait on, and log it; or kill it"),
-}
 
 KINDS: Final[dict[str, EndpointKind]] = {
     "edu": EndpointKind(
