@@ -104,9 +104,9 @@ def endpoint_help() -> str:
     for name, kind in endpoint_kinds().items():
         lines.append(f"  {name}: {kind.help}")
         lines += _option_lines(kind.options)
-    lines += ["", "Options of all kinds that are emulated here:"]
+    lines += ["", "\b", "Options of all kinds that are emulated here:"]
     lines += _option_lines(PROCESS_OPTIONS)
-    lines += ["", "Options of those with a process of their own, and of external:"]
+    lines += ["", "\b", "Options of those with a process of their own, and of external:"]
     lines += _option_lines(HOLD_OPTIONS)
     return "\n".join(lines)
 
