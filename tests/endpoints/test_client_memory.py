@@ -187,3 +187,21 @@ def test_a_device_that_holds_on_is_told_of(
     world.turn()
     world.map(0, PAGE)
     world.dma.write(0, b"next")
+
+
+def test_what_the_next_client_unmaps_waits_for_what_is_held_of_its_own(world: World) -> None:
+    world.map(0, PAGE)
+    held = world.dma.export(0, 8, RW)
+    world.memory.close()
+    world.map(0, PAGE)
+    held.release()  # which the loop has not come to when the next is exported and unmapped
+    held = world.dma.export(0, 8, RW)
+    done = world.memory.unmap(0, PAGE)
+    world.turn()
+    assert done is not None
+    assert not done.done
+    assert len(world.memory.regions()) == 1
+    held.release()
+    world.turn()
+    assert done.done
+    assert world.memory.regions() == []

@@ -97,15 +97,18 @@ class ClientMemory(MessageMemory):
             remove()
             released.resolve(None)
 
-        self._following.append(follow)
         self._watch(resolution)
+        self._following.append(follow)
         return released
 
     def _watch(self, resolution: Event) -> None:
         # It is the same one as long as anything revoked is held.
-        if self._resolution is None:
-            self._resolution = resolution
-            self._loop.on_readable(resolution, partial(self._released, resolution))
+        if self._resolution is resolution:
+            return
+        if self._resolution is not None:  # it has fired, and the loop has not come to it yet
+            self._released(self._resolution)
+        self._resolution = resolution
+        self._loop.on_readable(resolution, partial(self._released, resolution))
 
     def _released(self, resolution: Event) -> None:
         self._resolution = None
