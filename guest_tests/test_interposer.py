@@ -27,10 +27,14 @@ BUSY = 20  # megabytes written, more or less, by their unmaps
 
 
 class Served:
-    """A disk in a process of its own, to be used with ``memory`` shared or by messages."""
+    """A disk in a process of its own, to be used with ``memory`` shared or by messages.
 
-    def __init__(self, directory: Path, memory: str) -> None:
+    A ``plain`` one does not know that there is an IOMMU.
+    """
+
+    def __init__(self, directory: Path, memory: str, *, plain: bool = False) -> None:
         self.memory = memory
+        self.kind = "guest_tests.plain_disk:KIND" if plain else "blk"
         self.socket = directory / "disk.sock"
         self.process: ViommuDevice | None = None
         self._image: Path | None = None
@@ -42,7 +46,7 @@ class Served:
         return f"vfio-user,socket={self.socket},memory={self.memory}"
 
     def start(self) -> None:
-        self.process = ViommuDevice(f"blk,path={self._image}", self.socket)
+        self.process = ViommuDevice(f"{self.kind},path={self._image}", self.socket)
 
     def kill(self) -> None:
         assert self.process is not None
@@ -53,7 +57,8 @@ class Served:
 @pytest.fixture(params=["shared", "message"])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
     """The process of the disk, which starts with the guest."""
-    served = Served(tmp_path, request.param)
+    memory, _, kind = request.param.partition(" ")
+    served = Served(tmp_path, memory, plain=kind == "plain")
     yield served
     if served.process is not None:
         served.process.stop()
@@ -79,6 +84,7 @@ def maps_and_ranges(rig: Rig) -> tuple[Any, Any]:
     return endpoint["device"]["maps"], domain["ranges"]
 
 
+@pytest.mark.parametrize("served", ["shared", "message", "shared plain"], indirect=True)
 def test_a_disk_of_another_process(rig: Rig) -> None:
     written = rig.call("disk.fill", bdf=DISK, files=FILES)
     assert rig.call("disk.sums", bdf=DISK) == written
