@@ -36,17 +36,22 @@ class Machine(NamedTuple):
     iommufd's own mock of an IOMMU. ``bridges``: devices below a bridge to conventional PCI, which
     speaks for them, can change domains. (Linux 6.12 makes VT-d forget what it knew of the device
     and not of the bridge, so that they stay in the first domain that they did DMA in.)
+    ``write_only``: what is mapped for writing can't be read. (Linux 6.12 sets a bit in every entry
+    of VT-d that says "present" in one format of page tables and "readable" in the other one.)
     """
 
     backends: tuple[str, ...]
     built: bool = False
     mock: bool = False
     bridges: bool = False
+    write_only: bool = False
 
 
 MACHINES = {
     "6.12-l1": Machine(backends=("type1",)),
-    "7.2-l1": Machine(backends=("type1", "iommufd"), built=True, mock=True, bridges=True),
+    "7.2-l1": Machine(
+        backends=("type1", "iommufd"), built=True, mock=True, bridges=True, write_only=True
+    ),
 }
 
 APERTURE_BITS = 39  # of the emulated IOMMU's I/O virtual addresses
