@@ -276,6 +276,26 @@ def test_a_path_that_is_taken(serve: Callable[..., Served]) -> None:
         ControlServer(served.loop, served.path, dict)
 
 
+def test_what_a_dead_server_has_left_is_replaced(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "control.sock"))
+        dead.listen()
+    served = serve()
+
+    assert served.ask(served.connect())["ok"]
+
+
+def test_a_file_at_the_path_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    path.write_text("mine")
+    with contextlib.closing(Loop()) as loop, pytest.raises(UsageError, match="in use"):
+        ControlServer(loop, path, dict)
+
+    assert path.read_text() == "mine"
+
+
 def answer_with(path: Path, *answers: bytes) -> threading.Thread:
     """Accept one client at ``path``, send ``answers`` whatever it says, and hang up."""
     listener = socket.socket(socket.AF_UNIX)

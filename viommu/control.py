@@ -47,7 +47,8 @@ class ControlServer:
     """Answers requests on the socket at ``path``, from the loop.
 
     ``snapshot`` returns something that :func:`json.dumps` takes. The socket
-    listens when the constructor returns and is removed by :meth:`close`.
+    listens when the constructor returns and is removed by :meth:`close`; one that
+    a dead server has left there is replaced.
 
     Raises:
         UsageError: The path can't be bound.
@@ -67,6 +68,7 @@ class ControlServer:
         self._clients: list[_Connection] = []  # the longest silent first
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
+            _remove_stale(path)
             self._socket.bind(str(path))
             path.chmod(0o600)
             self._socket.listen()
@@ -192,6 +194,19 @@ class _Connection:
         self.socket = connection
         self.input = bytearray()
         self.output = memoryview(b"")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a server that has died."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            if path.is_socket():
+                path.unlink(missing_ok=True)
+        except OSError:
+            pass  # there is none, or one that is in use: bind() says so
 
 
 def _error(message: str) -> bytes:
