@@ -60,6 +60,33 @@ def test_what_has_arrived_is_not_too_late(device: RawDevice, clock: Clock) -> No
     assert not device.client.closed
 
 
+def test_more_than_is_read_at_a_time_is_not_too_late(device: RawDevice, clock: Clock) -> None:
+    deferreds = [device.client.submit(requests.device_info()) for _ in range(100)]
+    for message in [device.next() for _ in deferreds]:
+        device.socket.send(reply_to(message, INFO))
+    clock.now = 99
+    device.turn(5)
+    assert [deferred.result() for deferred in deferreds] == [(3, 9, 5)] * 100
+    later = device.client.submit(requests.reset())
+    clock.now += 5
+    device.turn(1)
+    assert refusal(later) == errno.ETIMEDOUT
+
+
+def test_a_device_that_only_asks_does_not_answer(device: RawDevice, clock: Clock) -> None:
+    deferred = device.client.submit(requests.device_info())
+    flags = spec.F_TYPE_COMMAND | spec.F_NO_REPLY
+    question = spec.HEADER.pack(1, Command.DMA_READ, spec.HEADER_SIZE, flags, 0)
+    device.socket.sendall(500 * question)
+    clock.now = 5
+    device.turn(2)
+    assert not deferred.done
+    clock.now += 1
+    device.turn(1)
+    assert refusal(deferred) == errno.ETIMEDOUT
+    assert ended(device, errno.ETIMEDOUT)
+
+
 def test_no_time_passes_when_nothing_is_asked(device: RawDevice, clock: Clock) -> None:
     clock.now = 1e6
     device.turn()

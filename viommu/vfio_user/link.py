@@ -62,6 +62,11 @@ class Link:
         return self._breaking or self._connection.backlog
 
     @property
+    def unread(self) -> bool:
+        """Return whether the peer has sent something that the loop has not come to."""
+        return not self._closed and self._connection.unread
+
+    @property
     def queued_bytes(self) -> int:
         """Return how many bytes wait for the peer."""
         return self._connection.queued_bytes

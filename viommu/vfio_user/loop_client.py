@@ -39,6 +39,7 @@ _R = TypeVar("_R", bound="_Measured")
 _MAX_DMA_MAPS: Final = 65535
 _PAGE: Final = 4096
 _FOR_EVER: Final = float("inf")
+_CATCHING_UP: Final = 1.0  # seconds for what has arrived while the loop was busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ class LoopClient:
         self._early: deque[_Early] = deque()
         self._early_bytes = self._early_fds = 0
         self._timer: Timer | None = None
+        self._overdue_since: float | None = None
         self._agreed = False
         answer: Deferred[Agreement] = Deferred()
         answer.then(self._agree)
@@ -407,13 +409,21 @@ class LoopClient:
 
     def _too_late(self) -> None:
         self._timer = None
-        deadline = self._outstanding.deadline()
-        if deadline is None:
+        self._look_at_deadlines()
+
+    def _look_at_deadlines(self) -> None:
+        deadline, now = self._outstanding.deadline(), self._loop.clock()
+        if deadline is None or now < deadline:
+            self._overdue_since = None
+            self._watch(_FOR_EVER if deadline is None else deadline)
             return
-        if deadline <= self._loop.clock():
-            self._fail(PeerError(errno.ETIMEDOUT, "the server has not answered in time"))
+        if self._overdue_since is None:
+            self._overdue_since = now
+        if self._link.unread and now < self._overdue_since + _CATCHING_UP:
+            # Others may have kept the loop busy, and the reply be there.
+            self._loop.call_soon(self._look_at_deadlines)
         else:
-            self._watch(deadline)
+            self._fail(PeerError(errno.ETIMEDOUT, "the server has not answered in time"))
 
     def _fail(self, why: PeerError) -> None:
         if self._end(why.errno, str(why)) and self._on_closed is not None:
