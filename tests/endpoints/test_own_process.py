@@ -30,7 +30,7 @@ from tests.endpoints.test_chain import (  # noqa: F401 - tests run here too, wit
     test_two_endpoints_share_a_domain,
 )
 from viommu.endpoints.edu_registers import Result
-from viommu.errors import UsageError
+from viommu.errors import UsageError, ViommuError
 from viommu.loop import Loop
 from viommu.machine import Machine, MachineOptions
 from viommu.spec import pci
@@ -256,6 +256,14 @@ def test_under_wait_it_may_hold_on(directory: Path) -> None:
 def test_a_file_that_can_not_be_used_is_said_as_always(directory: Path) -> None:
     with pytest.raises(UsageError, match=r"00:07\.0: .*/none: can't open the disk: No such file"):
         Served(directory, (DISK, f"blk,path={directory}/none,process=own"))
+
+
+def test_without_processes_there_is_no_endpoint(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(ViommuError, match=r"00:06\.0.*no process for it"):
+        Served(directory, (EDU, "edu,process=own"))
 
 
 def test_the_process_ends_with_its_endpoint(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from typing import TYPE_CHECKING
 
 import pytest
@@ -242,6 +243,21 @@ def test_a_session_ends_by_a_fault_and_another_begins_when_all_is_released(sessi
     states.append(session.conversation.state)
     assert states == ["faulted", "none", "active"]
     resolution.close()
+
+
+def test_a_session_whose_event_can_not_be_sent_is_none(talk: Talk) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))  # enough for the mapper
+    try:
+        refused = talk.ask(Kind.START)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert refused.error == errno.EBUSY
+    assert "no event" in str(protocol.error_of(refused))
+    assert talk.conversation.state == "none"
+    assert not talk.ask(Kind.START).error
 
 
 def test_a_session_that_holds_something_is_not_replaced(session: Talk) -> None:

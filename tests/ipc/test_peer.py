@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -79,6 +81,34 @@ def test_a_child_is_killed_and_its_end_is_seen(child: subprocess.Popen[bytes]) -
     process.close()
     assert process.fileno() == -1
     assert not process.kill()
+
+
+def test_a_process_that_is_not_ours_to_kill(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_pidfd: int, _number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    process = PeerProcess.of_child(child.pid)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    assert not process.kill()
+    process.close()
+
+
+@pytest.mark.parametrize(("number", "gone"), [(errno.ESRCH, True), (errno.EMFILE, False)])
+def test_what_a_kernel_that_knows_pidfds_of_peers_may_answer(number: int, gone: bool) -> None:
+    class Socket:
+        def getsockopt(self, _level: int, option: int, size: int = 0) -> bytes:
+            if option == socket.SO_PEERCRED:
+                return struct.pack("=iII", 4711, os.geteuid(), 0)
+            raise OSError(number, os.strerror(number))
+
+    sock = cast("socket.socket", Socket())
+    if gone:
+        with pytest.raises(PeerError, match="process 4711 is gone"):
+            PeerProcess.of_socket(sock)
+    else:
+        assert PeerProcess.of_socket(sock).fileno() == -1
 
 
 def test_the_process_that_connected_is_found(caller: Caller) -> None:

@@ -111,6 +111,24 @@ def test_a_client_that_dies_has_released_everything_at_once(rig: Rig) -> None:
     assert rig.server.client is None
 
 
+@pytest.mark.parametrize("how", ["in order", "cut off", "unread"])
+def test_a_client_that_has_hung_up_gives_way_to_the_next_at_once(rig: Rig, how: str) -> None:
+    client = rig.connect()
+    client.start().close()
+    client.export(0x10000, PAGE)
+    if how == "cut off":
+        client.send(b"nonsense")
+    elif how == "unread":
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.request(Kind.MEMORY, protocol.FIRST.pack(0))
+    client.socket.close()  # and the loop has not turned yet
+    rig.connect()
+
+    assert rig.mapper.exports.total == 0
+    assert len(rig.gone) == 1
+
+
 def test_a_client_says_why_it_leaves(rig: Rig) -> None:
     client = rig.connect()
     client.tell(Kind.LEAVE, b"disk.img is in use")
