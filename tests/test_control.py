@@ -284,7 +284,8 @@ def test_what_a_dead_server_has_left_is_replaced(
         dead.listen()
     served = serve()
 
-    assert served.ask(served.connect())["ok"]
+    with served.connect() as client:
+        assert served.ask(client)["ok"]
 
 
 def test_a_file_at_the_path_is_left_alone(tmp_path: Path) -> None:
