@@ -29,7 +29,7 @@ from viommu.spec import vfio
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.testing.serving import LoopThread
-from viommu.vfio_user import Client, IrqInfo, RegionInfo, Server, requests
+from viommu.vfio_user import Client, IrqInfo, RegionInfo, Server, ServerLimits, requests
 from viommu.vfio_user.connection import receive, send
 from viommu.vfio_user.protocol import (
     Capabilities,
@@ -136,6 +136,23 @@ def test_interrupts(client: Client, eventfd: Callable[..., int]) -> None:
     client.region_write(BAR, DOORBELL, (10).to_bytes(4, "little"))
     with pytest.raises(BlockingIOError):
         os.eventfd_read(fds[0])
+
+
+def test_no_more_interrupts_at_a_time_than_a_message_can_bring(
+    thread: LoopThread,
+    bank: RegisterBank,
+    files: MappedFiles,
+    tmp_path: Path,
+    eventfd: Callable[..., int],
+) -> None:
+    path, limits = tmp_path / "bank.sock", ServerLimits(max_msg_fds=1024)
+    server = thread.call(lambda: Server(thread.loop, bank, path, files, limits))
+    fds = [eventfd() for _ in range(20)]
+    with Client(path) as client:
+        client.assign_irqs(2, 0, fds)
+        client.region_write(BAR, DOORBELL, (19).to_bytes(4, "little"))
+    assert os.eventfd_read(fds[19]) == 1
+    thread.call(server.close)
 
 
 def test_memory(client: Client, bank: RegisterBank, memfd: Callable[..., int]) -> None:

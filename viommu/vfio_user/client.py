@@ -182,7 +182,8 @@ class Client:
     def assign_irqs(self, index: int, start: int, fds: Sequence[int]) -> None:
         """Have vectors from ``start`` on signalled by eventfds, which stay the caller's."""
         flags = vfio.IRQ_SET_DATA_EVENTFD | vfio.IRQ_SET_ACTION_TRIGGER
-        chunk = max(1, self.capabilities.max_msg_fds)
+        # A server may say that it takes more than a message can bring.
+        chunk = max(1, min(self.capabilities.max_msg_fds, requests.MAX_REPLY_FDS))
         for first in range(0, len(fds), chunk):
             some = fds[first : first + chunk]
             self.set_irqs(index, flags, start + first, len(some), fds=some)
