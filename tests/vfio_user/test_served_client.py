@@ -26,6 +26,7 @@ from viommu.memory import MessageMemory
 from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import Server, ServerLimits
+from viommu.vfio_user.connection import send
 from viommu.vfio_user.protocol import Capabilities, encode_version
 from viommu.vfio_user.served_client import ServedClient
 
@@ -312,6 +313,25 @@ def test_a_device_may_give_up_when_it_is_disconnected(
     assert server.counters.refused == 0
 
 
+def test_a_client_that_waits_is_asked_for_nothing(
+    connect: Callable[[], Peer],
+    bank: RegisterBank,
+    server: Server,
+    memfd: Callable[..., int],
+) -> None:
+    """QEMU can't answer then."""
+    peer = connect()
+    peer.ok(Command.VERSION, QEMU)
+    peer.ok(Command.DMA_MAP, spec.DMA_MAP.pack(32, 3, 0, 0, PAGE), [memfd()])
+    peer.post(Command.REGION_READ, READ)
+    server.suspect_memory(0)
+    peer.turn()
+    assert peer.receive() is None
+    bank.reads[0].resolve(b"done")
+    commands = [message.command for message in iter(peer.receive, None)]
+    assert commands == [Command.REGION_READ, Command.DMA_READ]
+
+
 # --- too late
 
 
@@ -507,7 +527,7 @@ def test_a_posted_write_may_start_dma(asking: Asking) -> None:
 
 def test_commands_that_come_meanwhile_are_served_in_order_afterwards(asking: Asking) -> None:
     asking.kick()
-    ids = range(1, 101)  # more than are handled in one turn
+    ids = range(1, 201)  # more than are handled in a few turns
     for ident in ids:
         header = spec.HEADER.pack(ident, Command.REGION_READ, 32, 0, 0)
         asking.peer.socket.send(header + access(DMA_START, 4))
@@ -517,6 +537,41 @@ def test_commands_that_come_meanwhile_are_served_in_order_afterwards(asking: Ask
     assert [m.command for m in messages[:2]] == [Command.REGION_WRITE, Command.DMA_WRITE]
     assert [m.id for m in messages[2:]] == list(ids)
     assert messages[2].payload[16:] == b"data", "the write was done before"
+
+
+def test_commands_that_come_while_the_device_is_awaited_are_served_afterwards(
+    asking: Asking, bank: RegisterBank
+) -> None:
+    asking.peer.post(Command.REGION_READ, READ)
+    header = spec.HEADER.pack(7, Command.REGION_READ, 32, 0, 0)
+    asking.peer.socket.send(header + access(0, 4))
+    asking.answer()
+    asking.memory.write(0x5000, b"data")  # as a timer of the device may
+    asking.peer.turn()
+    message = asking.peer.receive()
+    assert message is not None
+    assert message.command == Command.DMA_WRITE
+    assert asking.peer.receive() is None
+    bank.reads[0].resolve(b"done")
+    asking.peer.turn()
+    answers = [message.payload for message in iter(asking.peer.receive, None)]
+    assert answers == [READ + b"done", access(0, 4, bytes(4))]
+
+
+def test_what_came_meanwhile_goes_with_the_client(
+    asking: Asking, bank: RegisterBank, memfd: Callable[..., int]
+) -> None:
+    fd = memfd()
+    asking.peer.post(Command.REGION_READ, READ)
+    header = spec.HEADER.pack(7, Command.DMA_MAP, 48, 0, 0)
+    before = open_fds()
+    send(asking.peer.socket, header + spec.DMA_MAP.pack(32, 3, 0, 0, PAGE), [fd])
+    asking.answer()
+    asking.memory.write(0x5000, b"data")
+    assert open_fds() == before + 1
+    asking.client.close()
+    assert open_fds() == before - 1, "the connection, and what waited to be handled"
+    bank.reads[0].resolve(b"done")
 
 
 def test_the_client_may_refuse(asking: Asking, caplog: pytest.LogCaptureFixture) -> None:
