@@ -57,3 +57,19 @@ def test_one_refusal_refuses_the_whole(make: Callable[..., Rig]) -> None:
         with pytest.raises(PeerError) as caught:
             answer.result()
         assert caught.value.errno == number
+
+
+def test_what_would_need_too_many_messages_is_not_begun(make: Callable[..., Rig]) -> None:
+    rig, client = small(make, 1)
+
+    read, write = read_region(client, 2, 0, 4097), write_region(client, 2, 0, bytes(4097))
+
+    for answer in (read, write):
+        with pytest.raises(PeerError) as caught:
+            answer.result()
+        assert caught.value.errno == errno.E2BIG
+    assert client.outstanding == 0
+    read_region(client, 2, 0, 4096)
+    assert client.outstanding == 4096
+    client.close()
+    rig.turn()
