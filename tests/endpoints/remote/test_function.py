@@ -210,6 +210,40 @@ def test_a_reset_allows_nothing_that_the_guest_did_not(rig: Rig) -> None:
     assert rig.watcher.told() == []
 
 
+def test_what_is_written_after_a_function_level_reset_counts(rig: Rig) -> None:
+    rig.write(CONFIG, pci.COMMAND, MASTER)
+    device = rig.stage.device
+    device.mute = {Command.REGION_READ}
+    rig.watcher.told()
+
+    rig.write(CONFIG, *FLR)
+    device.bars[CONFIG][pci.COMMAND] = 0  # as it was when the question arrived
+    rig.write(CONFIG, pci.COMMAND, MASTER)
+    device.bars[CONFIG][pci.COMMAND] = 0
+    device.answer_waiting()
+    rig.turn()
+
+    assert rig.watcher.told() == []
+    rig.write(CONFIG, pci.COMMAND, bytes(2))
+    assert rig.watcher.told() == [False]
+
+
+def test_a_device_that_dies_of_a_function_level_reset_masters_no_bus(rig: Rig) -> None:
+    rig.write(CONFIG, pci.COMMAND, MASTER)
+    rig.stage.device.mute = {Command.REGION_READ}
+    rig.stage.absent = NOBODY
+    rig.write(CONFIG, *FLR)
+    rig.watcher.told()
+
+    rig.kill()
+    assert rig.watcher.told() == [False, "lost"]
+    rig.stage.absent = None
+    rig.turn(60)
+
+    assert rig.why_dead() is None
+    assert rig.watcher.told() == ["connected", False]
+
+
 def test_a_vmm_that_goes_leaves_nothing(rig: Rig) -> None:
     lines = rig.connect()
     flags = vfio.IRQ_SET_DATA_EVENTFD | vfio.IRQ_SET_ACTION_TRIGGER

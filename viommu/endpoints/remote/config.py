@@ -64,9 +64,12 @@ class RemoteConfig:
         self._written.clear()
 
     def keep_command(self, command: int) -> None:
-        """Take what a reset has left in the command register, if the guest had allowed it."""
+        """Take what a reset has left in the command register, if the guest had allowed it.
+
+        What the guest has written since counts for more.
+        """
         for at, byte in enumerate(command.to_bytes(2, "little"), pci.COMMAND):
-            self._written[at] = byte
+            self._written.setdefault(at, byte)
 
     def kept(self) -> Iterator[tuple[int, bytes]]:
         """Yield the registers that the guest has written since the last reset, in order.

@@ -338,7 +338,7 @@ class RemoteFunction:
                 command = 0
             if not client.closed:
                 self._config.keep_command(command if allowed else command & ~pci.COMMAND_MASTER)
-                self._set_master(enabled=self._config.bus_master)
+            self._set_master(enabled=self._config.bus_master)
             done.resolve(None)
 
         self._in_use = False
