@@ -387,6 +387,20 @@ def test_no_vmm_is_served_without_a_device(rig: Rig) -> None:
     assert caught.value.errno == errno.ENODEV
 
 
+def test_a_vmm_that_comes_too_early_has_the_device_dialled_for_the_next_one(rig: Rig) -> None:
+    rig.stage.absent = NOBODY
+    rig.kill()
+    rig.turn(40)
+    rig.turn(1)  # pauses have grown: the next one is longer than that
+    rig.stage.absent = None
+
+    with pytest.raises(PeerError, match="there is no device"):
+        rig.connect()
+    rig.turn()
+
+    rig.connect()
+
+
 # --- alive again
 
 

@@ -183,9 +183,11 @@ class RemoteFunction:
         """Serve a VMM that has just come.
 
         Raises:
-            PeerError: ENODEV, there is no device: a VMM needs one while it starts.
+            PeerError: ENODEV, there is no device: a VMM needs one while it starts. It is
+                dialled, for the next one.
         """
         if self.dead is not None:
+            self._link.open()
             raise PeerError(errno.ENODEV, f"there is no device: {self.dead[0]}")
         self._irqs.follow(irqs)
 
