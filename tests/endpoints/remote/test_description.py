@@ -206,6 +206,27 @@ def test_memory_is_the_same_if_it_is_the_same_file(file: Callable[[int], int]) -
     os.close(again)
 
 
+@pytest.mark.parametrize(
+    "now",
+    [
+        RegionInfo(BAR2, MAPPABLE, None, 0x8000),
+        RegionInfo(BAR2, MAPPABLE, None, 0, ((0, 0x1000),)),
+        RegionInfo(BAR2, READ_WRITE),
+    ],
+)
+def test_another_part_of_a_file_is_other_memory(
+    file: Callable[[int], int], now: RegionInfo
+) -> None:
+    shape = Shape()
+    fd = file(2 * BAR2)
+    shape.regions[2] = RegionInfo(BAR2, MAPPABLE, fd)
+    before = describe(shape)
+
+    shape.regions[2] = now._replace(fd=fd)
+
+    assert before.other_file(describe(shape)) == 2
+
+
 # --- asking
 
 

@@ -112,10 +112,13 @@ class Description:
     def other_file(self, other: Description) -> int | None:
         """Return a BAR that a VMM may have mapped, and that is not the same memory in ``other``."""
         for index in range(vfio.PCI_NUM_BARS):
-            before, now = self.region_info(index, mappable=True), other.regions[index]
-            if before.fd is not None and not (
-                now.fd is not None and os.path.sameopenfile(before.fd, now.fd)
-            ):
+            before = self.region_info(index, mappable=True)
+            if before.fd is None:
+                continue
+            now = other.region_info(index, mappable=True)
+            if now._replace(fd=before.fd) != before or now.fd is None:
+                return index
+            if not os.path.sameopenfile(before.fd, now.fd):
                 return index
         return None
 
