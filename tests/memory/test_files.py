@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gc
 import os
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,32 @@ def test_a_descriptor_that_allows_writing_replaces_one_that_does_not(
     assert (before, file.backing.writable) == (False, True)
     file.close()
     file.close()
+
+
+def test_a_writer_that_could_not_be_kept_changes_nothing(
+    files: MappedFiles, memfd: Callable[..., int]
+) -> None:
+    fd = memfd()
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    file = files.get(reader, 0, PAGE, writable=False)
+    view = file.view[:1]  # which keeps a descriptor
+    free = os.dup(fd)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one is left, for the mapping
+    try:
+        with pytest.raises(PeerError) as caught:
+            files.get(fd, 0, PAGE, writable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
+    assert not writable(file)
+    with files.get(fd, 0, PAGE, writable=True):
+        assert file.backing.writable
+        assert writable(file)
+    view.release()
+    file.close()
+    os.close(reader)
 
 
 def test_a_view_outlives_the_file_safely(files: MappedFiles, memfd: Callable[..., int]) -> None:

@@ -117,11 +117,11 @@ class MappedFiles:
             file = self._files[key] = MappedFile(self, key, view, backing, writable=writable)
             return file
         if offset + size > file.size or (writable and not file.writable):
-            file.view = _map(fd, status.st_size, writable=writable or file.writable)
-            file.writable = file.writable or writable
+            view = _map(fd, status.st_size, writable=writable or file.writable)
             if writable and not file.backing.writable:
                 before, file.backing = file.backing, FileBacking(fd)
                 before.close()
+            file.view, file.writable = view, file.writable or writable
         return file.retain()
 
     def _forget(self, file: MappedFile) -> None:
