@@ -176,6 +176,7 @@ class VfioUserMapper:
 
     def remove_map(self, iova_start: int, size: int) -> RemoveMapResult:
         """Unmap; see the contract."""
+        self._begin()
         removed = self.host.remove(iova_start, iova_start + size)
         if removed is None:
             return RemoveMapResult(ok=False)
@@ -302,6 +303,7 @@ class VfioUserMapper:
 
     def unmap_dma(self, where: AddressRange, /) -> None:
         """Withdraw whatever leads to ``where``; it is done when :meth:`settled`."""
+        self._begin()
         for host in self._hosts.values():
             host.remove_memory(where.start, where.end)
 

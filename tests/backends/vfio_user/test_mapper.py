@@ -309,6 +309,29 @@ def test_the_next_request_does_not_hear_of_it_either(rig: Rig) -> None:
     assert rig.mapper.refused_memory == 1
 
 
+@pytest.mark.parametrize("first", ["remove_map", "unmap_dma"])
+def test_nor_does_one_that_asks_for_nothing(rig: Rig, first: str) -> None:
+    """The mapping was answered for long ago, before there was memory."""
+    device = rig.script()
+    rig.add(mapping(1, 0))
+    device.answer_all()
+    rig.settle()
+    rig.add(mapping(100, 20, 2))
+    rig.settle()
+    if first == "remove_map":
+        rig.mapper.remove_map(PAGE, PAGE)
+    else:
+        rig.memory.unmap(0, 8 * PAGE)
+    rig.add_ram(20, 2)
+    unmap, map_ = device.asked()
+    device.refuse(map_)
+    device.answer(unmap)
+    rig.settle()
+
+    assert rig.mapper.take_refusal() is None
+    assert rig.mapper.refused_memory == 1
+
+
 def test_a_bar_that_a_device_refuses_is_done_without(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
