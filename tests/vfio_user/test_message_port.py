@@ -236,8 +236,9 @@ def test_a_header_that_can_not_be_is_the_end(line: Line, memfd: Callable[..., in
     assert open_fds() == before + 1
 
 
-def test_a_client_that_does_not_answer_is_the_end() -> None:
-    line = Line(timeout=0.01)
+@pytest.mark.parametrize("timeout", [0.01, 0, -1])
+def test_a_client_that_does_not_answer_is_the_end(timeout: float) -> None:
+    line = Line(timeout)
     check_end(line, "did not answer")
     line.close()
 
@@ -270,6 +271,24 @@ def test_an_answer_to_what_was_not_read_is_the_end(line: Line, memfd: Callable[.
     assert line.lost == ["it answered what it had not read"]
     assert line.port.ended
     assert open_fds() == before + 1
+
+
+def test_what_was_taken_counts_no_more(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("viommu.vfio_user.message_port._MAX_ARRIVED_BYTES", 100)
+    for ident in range(7, 10):
+        line.peer.send(command_message(1, Command.REGION_WRITE, bytes(60)))
+        line.data(ident, GPA, b"data")
+        assert line.port.read(GPA, 4) == b"data"
+        assert line.port.take() is not None
+    assert line.port.take() is None
+
+
+def test_files_of_an_answer_are_closed(line: Line, memfd: Callable[..., int]) -> None:
+    fd = memfd()
+    before = open_fds()
+    send(line.peer, spec.HEADER.pack(7, Command.DMA_WRITE, 16, spec.F_TYPE_REPLY, 0), [fd])
+    line.port.write(GPA, b"data")
+    assert open_fds() == before
 
 
 def test_a_command_that_does_not_fit_the_socket_is_sent_in_pieces(line: Line) -> None:

@@ -27,6 +27,7 @@ from viommu.spec import vfio_user as spec
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import Server, ServerLimits
 from viommu.vfio_user.connection import send
+from viommu.vfio_user.ioas_table import IoasLimits
 from viommu.vfio_user.protocol import Capabilities, encode_version
 from viommu.vfio_user.served_client import ServedClient
 
@@ -332,6 +333,26 @@ def test_a_client_that_waits_is_asked_for_nothing(
     assert commands == [Command.REGION_READ, Command.DMA_READ]
 
 
+@pytest.mark.parametrize("iommufd", [False, True])
+def test_addresses_that_are_ours_mean_nothing_to_a_client(
+    loop: Loop,
+    bank: RegisterBank,
+    files: MappedFiles,
+    memfd: Callable[..., int],
+    iommufd: bool,
+) -> None:
+    line = Line(loop, bank, files, ServerLimits(iommufd=IoasLimits()))
+    theirs = Capabilities(message_dma=True, iommufd=iommufd)
+    line.peer.ok(Command.VERSION, encode_version(0, theirs))
+    line.peer.ok(Command.DMA_MAP, spec.DMA_MAP.pack(32, 3, 0, 0, PAGE), [memfd()])
+    line.client.suspect_memory(0)
+    line.peer.turn()
+    asked = [message.command for message in iter(line.peer.receive, None)]
+    assert asked == ([] if iommufd else [Command.DMA_READ])
+    line.client.close()
+    line.peer.socket.close()
+
+
 # --- too late
 
 
@@ -514,6 +535,30 @@ def test_the_write_that_starts_dma_is_answered_first(asking: Asking) -> None:
     assert second.command == Command.DMA_WRITE
     assert second.payload == spec.DMA_ACCESS.pack(0x5000, 4) + b"data"
     asking.peer.ok(Command.REGION_READ, access(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("takes", "sizes"), [(1 << 20, [0x10000, 0x8000]), (0x9000, [0x9000, 0x9000, 0x6000])]
+)
+def test_memory_is_asked_for_in_pieces(
+    loop: Loop, bank: RegisterBank, files: MappedFiles, takes: int, sizes: list[int]
+) -> None:
+    bank.memory = memory = MessageMemory()
+    line = Line(loop, bank, files)
+    theirs = Capabilities(max_data_xfer_size=takes, message_dma=True)
+    line.peer.ok(Command.VERSION, encode_version(0, theirs))
+    line.peer.ok(Command.DMA_MAP, spec.DMA_MAP.pack(32, 3, 0, 0, 1 << 20))
+    start = 0
+    for ident, size in enumerate(sizes):
+        payload = spec.DMA_ACCESS.pack(start, size) + bytes(size)
+        header = spec.HEADER.pack(ident, Command.DMA_READ, 16 + len(payload), spec.F_TYPE_REPLY, 0)
+        line.peer.socket.sendall(header + payload)
+        start += size
+    assert memory.read(0, 0x18000) == bytes(0x18000)
+    asked = [message.payload for message in iter(line.peer.receive, None)]
+    assert [spec.DMA_ACCESS.unpack(payload)[1] for payload in asked] == sizes
+    line.client.close()
+    line.peer.socket.close()
 
 
 def test_a_posted_write_may_start_dma(asking: Asking) -> None:
