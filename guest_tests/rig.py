@@ -11,7 +11,7 @@ from guest_tests.lab.machine import Image, VirtualMachine
 from guest_tests.lab.server import ViommuServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -19,11 +19,22 @@ if TYPE_CHECKING:
     from guest_tests.lab.userland import Userland
     from viommu.vmm.qemu_binary import Qemu
 
-__all__ = ["DISK", "EDU", "IOMMU", "MODES", "OTHER_EDU", "Lab", "Mode", "Rig", "endpoint_id"]
+__all__ = [
+    "DISK",
+    "DISK_SIZE",
+    "EDU",
+    "IOMMU",
+    "MODES",
+    "OTHER_EDU",
+    "Lab",
+    "Mode",
+    "Rig",
+    "endpoint_id",
+]
 
 IOMMU, EDU, DISK, OTHER_EDU = "00:05.0", "00:06.0", "00:07.0", "00:08.0"
 
-_DISK_SIZE = 64 << 20
+DISK_SIZE = 64 << 20
 _SETTLE_SECONDS = 20.0
 _POLL_SECONDS = 0.02
 
@@ -68,7 +79,8 @@ class Rig:
 
     Booted when made; :meth:`boot` puts another QEMU on the same server. ``disk`` makes
     what the server is told of the disk from the path of its image, ``edu`` is what it is told
-    of the first ``edu``; the other one is in the server's process.
+    of the first ``edu``; the other one is in the server's process. ``more`` are further
+    endpoints by address, as ``--endpoint`` takes them.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class Rig:
         reboots: bool = False,
         disk: Callable[[Path], str] = "blk,path={}".format,
         edu: str = "edu",
+        more: Mapping[str, str] | None = None,
     ) -> None:
         self.lab = lab
         self.kernel = kernel
@@ -90,8 +103,8 @@ class Rig:
         self._reboots = reboots
         self._closing = contextlib.ExitStack()
         with self.disk.open("wb") as image:
-            image.truncate(_DISK_SIZE)
-        endpoints = {EDU: edu, DISK: disk(self.disk), OTHER_EDU: "edu"}
+            image.truncate(DISK_SIZE)
+        endpoints = {EDU: edu, DISK: disk(self.disk), OTHER_EDU: "edu", **(more or {})}
         self.server = ViommuServer(directory / "serve", IOMMU, endpoints, *mode.options)
         self._closing.callback(self.server.stop)
         try:
@@ -137,6 +150,14 @@ class Rig:
                 return snapshot
             assert time.monotonic() < deadline, f"waited in vain until {what}: {snapshot}"
             time.sleep(_POLL_SECONDS)
+
+    def wait_for_requests(self, count: int) -> None:
+        """Wait until the guest has sent so many more requests to its IOMMU."""
+        enough = self.server.snapshot()["iommu"]["counters"]["requests"] + count
+        self.wait_until(
+            f"{count} more requests",
+            lambda snapshot: snapshot["iommu"]["counters"]["requests"] >= enough,
+        )
 
     def __enter__(self) -> Self:
         """Return itself."""

@@ -69,6 +69,11 @@ class ViommuProcess:
         """Return what it has printed as errors."""
         return self._log.read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
+
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None
@@ -85,6 +90,8 @@ class ViommuProcess:
         """End it with SIGKILL."""
         self._process.kill()
         self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def stop(self) -> int:
         """End it with SIGTERM; return its exit status, which is 0 when all went well."""
@@ -100,13 +107,15 @@ class ViommuProcess:
 
 
 class ViommuDevice(ViommuProcess):
-    """The stand-alone device of a description, ``KIND[,OPTION=VALUE...]``, on a socket."""
+    """The stand-alone device of a description, ``KIND[,OPTION=VALUE...]``, on a socket.
 
-    def __init__(self, description: str, socket: Path) -> None:
+    ``options`` go to ``viommu device`` as they are.
+    """
+
+    def __init__(self, description: str, socket: Path, *options: str) -> None:
         self.socket = socket
-        super().__init__(
-            socket.with_name(f"{socket.name}.log"), "device", description, "--socket", str(socket)
-        )
+        log = socket.with_name(f"{socket.name}.log")
+        super().__init__(log, "device", description, "--socket", str(socket), *options)
 
 
 class ViommuServer(ViommuProcess):
