@@ -10,9 +10,9 @@ from viommu.ipc.hold import DEFAULT_LIMIT, HoldPolicy, Measure
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["HOLD_OPTIONS", "PROCESS_OPTIONS", "Option", "Running"]
+__all__ = ["HOLD_OPTIONS", "PROCESS_OPTIONS", "Option", "Running", "read_seconds", "read_switch"]
 
-_MAX_LIMIT: Final = 3600.0  # seconds
+_LONGEST: Final = 3600.0  # seconds
 
 
 class Option(NamedTuple):
@@ -38,22 +38,37 @@ class Running(NamedTuple):
         return cls(own, HoldPolicy(options.get("hold-limit", DEFAULT_LIMIT), measure))
 
 
+def read_seconds(value: str) -> float:
+    """Read how many seconds something may take.
+
+    Raises:
+        UsageError: No number, or not more than none and up to an hour.
+    """
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST:
+        raise UsageError(f"expected seconds, more than 0 and up to {_LONGEST:g}")
+    return seconds
+
+
+def read_switch(value: str) -> bool:
+    """Read ``on`` or ``off``.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if value not in {"on", "off"}:
+        raise UsageError("expected on or off")
+    return value == "on"
+
+
 def _own(value: str) -> str:
     """Read ``own``, the only value so far."""
     if value != "own":
         raise UsageError("expected own")
     return value
-
-
-def _seconds(value: str) -> float:
-    """Read a number of seconds that something may take."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= _MAX_LIMIT:
-        raise UsageError(f"expected seconds, more than 0 and up to {_MAX_LIMIT:g}")
-    return seconds
 
 
 def _measure(value: str) -> Measure:
@@ -71,7 +86,7 @@ PROCESS_OPTIONS: Final = {
 
 HOLD_OPTIONS: Final = {
     "hold-limit": Option(
-        _seconds,
+        read_seconds,
         f"how long that may hold memory that the guest has unmapped, seconds ({DEFAULT_LIMIT:g})",
     ),
     "hold-policy": Option(_measure, "then wait on, and log it; or kill it"),

@@ -19,7 +19,7 @@ from viommu.endpoints.blk import BlkDevice
 from viommu.endpoints.edu import EduFunction
 from viommu.endpoints.edu_registers import MAX_HOLD_MS
 from viommu.endpoints.host import ENTRY_POINTS, HostKind
-from viommu.endpoints.options import HOLD_OPTIONS, PROCESS_OPTIONS, Option, Running
+from viommu.endpoints.options import HOLD_OPTIONS, PROCESS_OPTIONS, Option, Running, read_switch
 from viommu.errors import UsageError
 from viommu.virtio.pci import VirtioPciFunction
 
@@ -200,13 +200,6 @@ def _split(description: str) -> list[str]:
     return [word.replace("\0", ",") for word in words]
 
 
-def _switch(value: str) -> bool:
-    """Read ``on`` or ``off``."""
-    if value not in {"on", "off"}:
-        raise UsageError("expected on or off")
-    return value == "on"
-
-
 def _milliseconds(value: str) -> int:
     """Read a hold time."""
     if not value.isdecimal() or int(value) > MAX_HOLD_MS:
@@ -243,7 +236,7 @@ KINDS: Final[dict[str, EndpointKind]] = {
         "a virtio-blk disk on a file",
         {
             "path": Option(Path, "the disk image, a multiple of 512 bytes", required=True),
-            "readonly": Option(_switch, "on: the guest can't write, and others may read too"),
+            "readonly": Option(read_switch, "on: the guest can't write, and others may read too"),
             "serial": Option(str, "what the guest sees as serial number, up to 20 characters"),
         },
         _make_blk,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from viommu.endpoints.host import HostKind
-from viommu.endpoints.registry import Option
+from viommu.endpoints.options import Option, read_seconds, read_switch
 from viommu.errors import UsageError
 from viommu_backends.vfio_user.endpoint import VfioUserEndpoint, VfioUserOptions
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from viommu.endpoints.host import HostPlace
 
 __all__ = ["VFIO_USER", "VfioUserDevices"]
-
-_LONGEST: Final = 600.0  # seconds
 
 
 class VfioUserDevices:
@@ -43,24 +41,6 @@ def _memory(value: str) -> str:
     return value
 
 
-def _seconds(value: str) -> float:
-    """Read a time."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= _LONGEST:
-        raise UsageError(f"expected seconds, more than 0 and up to {_LONGEST:g}")
-    return seconds
-
-
-def _mappable(value: str) -> bool:
-    """Read ``on`` or ``off``."""
-    if value not in {"on", "off"}:
-        raise UsageError("expected on or off")
-    return value == "on"
-
-
 VFIO_USER: Final = HostKind(
     "a device that another process serves over vfio-user",
     {
@@ -70,9 +50,9 @@ VFIO_USER: Final = HostKind(
             "shared: it gets file descriptors of guest memory, fast, and is trusted to use only"
             " what it was told (default); message: it asks us for every byte, and is checked",
         ),
-        "timeout": Option(_seconds, "what an answer may take, seconds (4; QEMU waits for 5)"),
+        "timeout": Option(read_seconds, "what an answer may take, seconds (4; QEMU waits for 5)"),
         "mappable": Option(
-            _mappable,
+            read_switch,
             "off: the VMM maps no BAR of it, so a device that starts again is taken at once",
         ),
     },

@@ -40,10 +40,10 @@ def test_its_options(words: str, options: VfioUserOptions) -> None:
     [
         ("memory=shared", "vfio-user needs socket="),
         ("socket=/x,memory=private", "expected shared or message"),
-        ("socket=/x,timeout=0", "expected seconds, more than 0 and up to 600"),
+        ("socket=/x,timeout=0", "expected seconds, more than 0 and up to 3600"),
         ("socket=/x,timeout=never", "expected seconds"),
         ("socket=/x,timeout=nan", "expected seconds"),
-        ("socket=/x,timeout=601", "expected seconds"),
+        ("socket=/x,timeout=3601", "expected seconds"),
         ("socket=/x,mappable=yes", "expected on or off"),
     ],
 )
