@@ -419,6 +419,7 @@ def test_a_device_that_asks_and_does_not_listen(
     asked = flood(device, message)
     served = device.client.dma.reads
     assert (1 << 20) // (1 << 19) < served < 8 < asked
+    assert not device.client.has_room_for(requests.reset())
     assert refusal(device.client.submit(requests.reset())) == errno.ENOBUFS
     for _ in range(asked):
         assert len(device.next().payload) == 16 + (1 << 19)

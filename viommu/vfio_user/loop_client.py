@@ -187,6 +187,10 @@ class LoopClient:
         """Return the socket's file descriptor, -1 once closed."""
         return self._link.fileno()
 
+    def has_room_for(self, request: Request[Any]) -> bool:
+        """Return whether a request would not be refused with ENOBUFS now."""
+        return not self._is_full(request)
+
     def submit(self, request: Request[T], *, timeout: float | None = None) -> Deferred[T]:
         """Send a request; it is done when its reply has come.
 

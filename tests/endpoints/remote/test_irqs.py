@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.endpoints.remote.scripted import EVENTFD, INTX, MSI, MSIX, REQ, Shape
+from viommu.errors import PeerError
 from viommu.spec import vfio
 from viommu.spec.vfio_user import Command
 from viommu.vfio_user import IrqInfo
@@ -160,3 +161,89 @@ def test_a_dead_device_is_told_nothing_and_later_everything(rig: Rig) -> None:
         (ASSIGN, MSIX, 2, 1, 0),
         (ASSIGN, MSIX, 3, 1, 1),
     ]
+
+
+def many(make: Callable[..., Rig], at_a_time: int = 16) -> Rig:
+    shape = Shape()
+    shape.capabilities = Capabilities(at_a_time)
+    shape.irqs[MSIX] = IrqInfo(256, EVENTFD)
+    rig = make(shape).start()
+    rig.connect()
+    return rig
+
+
+def test_more_interrupts_than_may_be_under_way_wait(make: Callable[..., Rig]) -> None:
+    rig = many(make)
+    mine = [fd for start in range(0, 192, 16) for fd in tell(rig, ASSIGN, MSIX, start, 16, fds=16)]
+    rig.kill()
+    rig.turn(40)
+    device = rig.stage.device
+    assert len(device.eventfds) == 128, "of more the client must be answered first"
+
+    rig.turn(1)
+
+    assert sorted(device.eventfds) == [(MSIX, vector) for vector in range(192)]
+    for vector, fd in enumerate(mine):
+        os.eventfd_write(device.eventfds[MSIX, vector], 1)
+        assert os.eventfd_read(fd) == 1
+    assert rig.function.describe()["counters"]["refused interrupts"] == 0  # type: ignore[index]
+
+
+def test_what_waits_is_told_as_it_is_by_then(make: Callable[..., Rig]) -> None:
+    rig = many(make)
+    device = rig.stage.device
+    device.mute = {Command.DEVICE_SET_IRQS}
+    for start in range(0, 192, 16):
+        tell(rig, ASSIGN, MSIX, start, 16, fds=16)
+    tell(rig, ASSIGN, MSIX, 150, 1)
+    tell(rig, ASSIGN, MSIX, 151, 1, fds=1)
+    device.answer_waiting()
+    rig.turn()
+    told(rig)
+
+    rig.turn(1)
+
+    assert told(rig) == [
+        (ASSIGN, MSIX, 128, 16, 16),
+        (ASSIGN, MSIX, 144, 6, 6),
+        (ASSIGN, MSIX, 151, 16, 16),
+        (ASSIGN, MSIX, 167, 16, 16),
+        (ASSIGN, MSIX, 183, 9, 9),
+    ]
+    rig.turn(1)
+    assert told(rig) == []
+
+
+@pytest.mark.parametrize("how", ["disabled", "disconnected", "dead"])
+def test_what_waits_is_forgotten(make: Callable[..., Rig], how: str) -> None:
+    rig = many(make)
+    device = rig.stage.device
+    device.mute = {Command.DEVICE_SET_IRQS}
+    for start in range(0, 192, 16):
+        tell(rig, ASSIGN, MSIX, start, 16, fds=16)
+    match how:
+        case "disabled":
+            tell(rig, DISABLE, MSIX, 0, 0)
+        case "disconnected":
+            rig.disconnect()
+        case _:
+            rig.stage.absent = PeerError(errno.ECONNREFUSED, "nobody is there")
+            rig.kill()
+    if device.open:
+        device.answer_waiting()
+    rig.turn()
+
+    rig.turn(1)
+
+    assert device.eventfds == {}
+
+
+def test_a_message_never_has_all_that_may_be_under_way(make: Callable[..., Rig]) -> None:
+    rig = many(make, at_a_time=250)
+    for start in range(0, 64, 16):
+        tell(rig, ASSIGN, MSIX, start, 16, fds=16)
+    rig.kill()
+
+    rig.turn(40)
+
+    assert [entry[1:4] for entry in told(rig)] == [(MSIX, 0, 32), (MSIX, 32, 32)]

@@ -294,7 +294,7 @@ class RemoteFunction:
         self._known = True
         self._device = description
         self._config = RemoteConfig(description)
-        self._irqs = RemoteIrqs(self.name, description.irqs)
+        self._irqs = RemoteIrqs(self.name, description.irqs, self._loop)
         for companion in (self._afterlife, self._filter):
             if companion is not None:
                 companion.follow(description.config)

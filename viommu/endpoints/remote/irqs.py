@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from viommu.deferred import Deferred
+    from viommu.loop import Loop, Timer
     from viommu.vfio_user import IrqLines
     from viommu.vfio_user.irqs import IrqSet
     from viommu.vfio_user.loop_client import LoopClient
@@ -25,6 +26,11 @@ _log: Final = logging.getLogger(__name__)
 _ASSIGN: Final = vfio.IRQ_SET_DATA_EVENTFD | vfio.IRQ_SET_ACTION_TRIGGER
 _DISABLE: Final = vfio.IRQ_SET_DATA_NONE | vfio.IRQ_SET_ACTION_TRIGGER
 
+# Eventfds in a message, whatever the device takes: a client has only so many under way.
+_MAX_FDS: Final = 32
+# Seconds until it is tried again to send what the connection had no room for.
+_PAUSE: Final = 0.01
+
 # QEMU warns of a device that has none of these; nobody else misses them.
 _ALWAYS_THERE: Final = (vfio.PCI_ERR_IRQ_INDEX, vfio.PCI_REQ_IRQ_INDEX)
 
@@ -32,16 +38,20 @@ _ALWAYS_THERE: Final = (vfio.PCI_ERR_IRQ_INDEX, vfio.PCI_REQ_IRQ_INDEX)
 class RemoteIrqs:
     """Passes what a VMM's :class:`~viommu.vfio_user.irqs.IrqLines` are told on to a device.
 
-    The VMM is answered before the device is: what a device refuses is logged.
+    The VMM is answered before the device is: what a device refuses is logged, and what
+    the connection has no room for waits.
     """
 
-    def __init__(self, name: str, theirs: Sequence[IrqInfo]) -> None:
+    def __init__(self, name: str, theirs: Sequence[IrqInfo], loop: Loop) -> None:
         self.refused = 0
         self._name = name
         self._theirs = theirs
+        self._loop = loop
         self._client: LoopClient | None = None
         self._lines: IrqLines | None = None
         self._vectors: dict[int, int] = {}  # how many the device has of each kind
+        self._untold: dict[int, set[int]] = {}  # vectors of which there was no room to speak
+        self._timer: Timer | None = None
 
     @property
     def lines(self) -> IrqLines | None:
@@ -68,13 +78,14 @@ class RemoteIrqs:
             self._lines.on_change(None)
             self._lines.on_masking(None)
             self._lines = None
+        self._leave_untold()
         for index in list(self._vectors):
             self._disable(index)
 
     def connected(self, client: LoopClient) -> None:
         """Give a device that is there again what the VMM has given."""
+        self.lost()
         self._client = client
-        self._vectors.clear()
         for index in range(len(self._theirs)):
             fds = self._lines.fds(index) if self._lines is not None else []
             if fds and self._has(index, len(fds)):
@@ -84,6 +95,7 @@ class RemoteIrqs:
         """The device has gone."""
         self._client = None
         self._vectors.clear()
+        self._leave_untold()
 
     def _changed(self, index: int, start: int, fds: Sequence[int]) -> None:
         if not fds:
@@ -120,12 +132,41 @@ class RemoteIrqs:
 
     def _assign(self, index: int, start: int, fds: Sequence[int]) -> None:
         assert self._client is not None  # noqa: S101 - the callers looked
-        for at, run in _runs(fds, max(1, self._client.capabilities.max_msg_fds)):
+        most = max(1, min(_MAX_FDS, self._client.capabilities.max_msg_fds))
+        untold = self._untold.setdefault(index, set())
+        for at, run in _runs(fds, most):
             given = run if run[0] >= 0 else ()
-            self._send(index, _ASSIGN, start + at, len(run), fds=given)
+            vectors = range(start + at, start + at + len(run))
+            request = requests.set_irqs(index, _ASSIGN, vectors.start, len(run), fds=given)
+            if self._client.has_room_for(request):
+                untold.difference_update(vectors)
+                self._client.submit(request).then(self._answered)
+            else:
+                untold.update(vectors)
         self._vectors[index] = max(self._vectors.get(index, 0), start + len(fds))
+        if untold and self._timer is None:
+            # Not when something is answered: the room may be taken by requests of others.
+            self._timer = self._loop.call_later(_PAUSE, self._tell_untold)
+
+    def _tell_untold(self) -> None:
+        """Assign, as they are by now, the vectors of which there was no room to speak."""
+        self._timer = None
+        for index, untold in self._untold.items():
+            if self._client is None or self._lines is None:
+                return
+            known = dict(enumerate(self._lines.fds(index)))
+            for _, run in groupby(enumerate(sorted(untold)), lambda place: place[1] - place[0]):
+                vectors = [vector for _, vector in run]
+                self._assign(index, vectors[0], [known.get(vector, -1) for vector in vectors])
+
+    def _leave_untold(self) -> None:
+        self._untold.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _disable(self, index: int) -> None:
+        self._untold.pop(index, None)
         if self._vectors.pop(index, 0):
             self._send(index, _DISABLE, 0, 0)
 
