@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,35 @@ def test_what_has_arrived_is_known_without_taking_it(pair: Pair) -> None:
     assert connection.unread
     assert connection.receive() is not None
     assert not connection.unread
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """What blocks fails."""
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("it blocks")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_peer_that_has_our_socket_too_can_not_make_it_wait() -> None:
+    """As the device that sends a twin socket may."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    other_holder = ours.dup()
+    with theirs, other_holder, contextlib.closing(Connection(ours, spec.MAX_MESSAGE)) as connection:
+        os.set_blocking(other_holder.fileno(), True)
+
+        assert connection.receive() is None
+        while not connection.backlog:
+            connection.send(bytes(1 << 16))
+        connection.flush()
+        assert connection.backlog
 
 
 def test_messages_in_pieces(pair: Pair) -> None:

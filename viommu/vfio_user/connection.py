@@ -24,6 +24,9 @@ _MAX_FDS: Final = 16
 _FD_SIZE: Final = array.array("i").itemsize
 _CHUNK: Final = 1 << 16  # recvmsg allocates what it is asked for, not what has arrived
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)  # to test an enumeration costs as much as to receive
+_RECEIVING: Final = int(socket.MSG_CMSG_CLOEXEC)
+_SENDING: Final = int(socket.MSG_NOSIGNAL)
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
 _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 
 
@@ -45,7 +48,7 @@ def receive(sock: socket.socket, size: int, max_fds: int = _MAX_FDS) -> Received
     """
     # CMSG_SPACE pads, and the kernel would fill the padding with one more.
     room = socket.CMSG_LEN(max_fds * _FD_SIZE)
-    data, ancillary, flags, _ = sock.recvmsg(min(size, _CHUNK), room, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(min(size, _CHUNK), room, _RECEIVING | _waiting(sock))
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -60,7 +63,16 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ())
         OSError: As sendmsg; BlockingIOError when nothing fits.
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+    return sock.sendmsg([data], rights, _SENDING | _waiting(sock))
+
+
+def _waiting(sock: socket.socket) -> int:
+    """Return the flag without which a call may wait in the kernel.
+
+    O_NONBLOCK is of the open file, which belongs to the peer as well if it was the peer
+    who sent us the socket: it can be cleared at any time.
+    """
+    return 0 if sock.gettimeout() is None else _AT_ONCE
 
 
 def close_fds(fds: list[int]) -> None:
