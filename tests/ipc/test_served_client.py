@@ -411,6 +411,7 @@ def test_under_kill_the_guest_waits_until_the_process_has_ended(
         assert child.wait() == -9
         assert rig.gone == ["it was killed because it did not let go"]
         assert "it is killed" in caplog.text
+        assert "another has its connection" in caplog.text
 
 
 def test_a_client_that_lets_go_in_time_is_left_alone(child: subprocess.Popen[bytes]) -> None:
@@ -458,7 +459,9 @@ def test_a_killed_process_whose_socket_closes_first_is_gone(
 
 
 def test_after_the_kill_the_end_of_the_process_counts_and_not_that_of_its_socket(
-    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Rig(policy=KILL) as rig:
         client = rig.connect(PeerProcess.of_child(child.pid))
@@ -480,6 +483,7 @@ def test_after_the_kill_the_end_of_the_process_counts_and_not_that_of_its_socket
         assert states == [False, False]
         assert resolution.is_set()
         assert child.wait() == -9
+        assert "another has its connection" not in caplog.text
 
 
 def test_the_description_says_who_holds_what_since_when(rig: Rig) -> None:

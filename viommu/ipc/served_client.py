@@ -257,4 +257,9 @@ class ServedClient:
         )  # fmt: skip
 
     def _ended(self) -> None:
+        if not self.hung_up:
+            _log.warning(
+                "%s: %s has ended, but another has its connection, and may use guest memory",
+                self._name, self.process,
+            )  # fmt: skip
         self._finish("it was killed because it did not let go")
