@@ -199,9 +199,7 @@ def test_what_the_next_client_unmaps_waits_for_what_is_held_of_its_own(world: Wo
     done = world.memory.unmap(0, PAGE)
     world.turn()
     assert done is not None
-    assert not done.done
-    assert len(world.memory.regions()) == 1
+    assert (done.done, len(world.memory.regions())) == (False, 1)
     held.release()
     world.turn()
-    assert done.done
-    assert world.memory.regions() == []
+    assert (done.done, world.memory.regions()) == (True, [])
