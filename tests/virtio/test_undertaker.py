@@ -19,6 +19,7 @@ from viommu.spec import virtio_pci as spec
 from viommu.spec.virtio_config import Feature
 from viommu.testing.ring import DriverQueue, RingLayout
 from viommu.vfio_user import IrqLines
+from viommu.virtio.orphaned_queue import OrphanedQueue
 from viommu.virtio.pci import VirtioPciFunction
 from viommu.virtio.undertaker import Undertaker
 
@@ -396,6 +397,37 @@ def test_a_queue_that_can_not_be_is_left_alone(guest: Guest) -> None:
     guest.turn(1)
 
     assert guest.undertaker.ended == 0
+
+
+def test_many_queues_leave_others_their_turn(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest.start()
+    for queue in range(1, 5):  # a guest may make any number of them, of 32768 entries each
+        guest.set("queue_select", queue)
+        guest.set("queue_size", SIZE)
+        for name in ("desc", "driver", "device"):
+            guest.set(f"queue_{name}_lo", IOVA + 0x30000 + 0x1000 * queue)
+        guest.set("queue_enable", 1)
+    looked_at: list[OrphanedQueue] = []
+    serve = OrphanedQueue.serve
+
+    def note(queue: OrphanedQueue, budget: int) -> tuple[bool, bool]:
+        looked_at.append(queue)
+        return serve(queue, budget)
+
+    monkeypatch.setattr(OrphanedQueue, "serve", note)
+    guest.die()
+
+    for done in range(1, 5):
+        guest.turn()
+        assert len(looked_at) == done
+    guest.set("queue_reset", 1)
+    guest.turn()
+    guest.turn()
+    assert len(looked_at) == 4
+    ticket = guest.request()
+    for _ in range(5):
+        guest.turn()
+    assert guest.status(ticket) == IOERR
 
 
 def test_nobody_has_to_be_there_to_be_told(guest: Guest) -> None:

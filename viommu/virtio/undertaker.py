@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from viommu.errors import RingError
@@ -90,6 +91,8 @@ class Undertaker:
         self._master = False
         self._lines: IrqLines | None = None
         self._queues: dict[int, OrphanedQueue] = {}
+        self._round: deque[int] = deque()  # queues that are still to be looked at
+        self._again = False  # and then all of them
         self._scheduled = False
         self._patrol: Timer | None = None
 
@@ -233,6 +236,11 @@ class Undertaker:
             self._lines.trigger(vfio.PCI_MSIX_IRQ_INDEX, vector)
 
     def _schedule(self) -> None:
+        """Have every queue looked at from now on."""
+        self._again = True
+        self._go_on()
+
+    def _go_on(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._serve)
@@ -243,6 +251,7 @@ class Undertaker:
         self._schedule()
 
     def _serve(self) -> None:
+        """Look at one queue: others have their turn before the next, of which a guest has many."""
         self._scheduled = False
         registers = self._registers
         if (
@@ -252,20 +261,30 @@ class Undertaker:
             or not registers.status & STATUS_DRIVER_OK
             or registers.features >> Feature.RING_PACKED & 1
         ):
+            self._round.clear()
             return
-        for index, followed in registers.queues.items():
-            if not followed.enabled:
-                continue
-            queue = self._queues.get(index) or self._take_over(index, followed)
-            if queue is None:
-                continue
-            before = queue.ended
-            more, wanted = queue.serve(_BUDGET)
-            self.ended += queue.ended - before
-            if wanted:
-                self._interrupt(spec.ISR_QUEUE, followed.vector)
-            if more:
-                self._schedule()
+        if not self._round:
+            self._again = False
+            self._round.extend(index for index, queue in registers.queues.items() if queue.enabled)
+        if self._round:
+            self._serve_queue(self._round.popleft())
+        if self._round or self._again:
+            self._go_on()
+
+    def _serve_queue(self, index: int) -> None:
+        followed = self._registers.queues.get(index)
+        if followed is None or not followed.enabled:
+            return
+        queue = self._queues.get(index) or self._take_over(index, followed)
+        if queue is None:
+            return
+        before = queue.ended
+        more, wanted = queue.serve(_BUDGET)
+        self.ended += queue.ended - before
+        if wanted:
+            self._interrupt(spec.ISR_QUEUE, followed.vector)
+        if more:
+            self._schedule()
 
     def _take_over(self, index: int, followed: FollowedQueue) -> OrphanedQueue | None:
         try:
@@ -290,5 +309,6 @@ class Undertaker:
             self._patrol = None
         self._isr = 0
         self._queues.clear()
+        self._round.clear()
         if self._state is not _State.ALIVE:
             self._memory.leave()
