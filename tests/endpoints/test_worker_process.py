@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ import viommu
 from viommu.endpoints import worker_process
 from viommu.endpoints.worker_process import WorkerOrder, WorkerProcess, how_it_ended
 from viommu.errors import BackendError
+from viommu.ipc.peer import PeerProcess
 from viommu.loop import Loop
 
 if TYPE_CHECKING:
@@ -117,6 +119,22 @@ def test_without_a_program_there_is_no_process(
     with pytest.raises(BackendError, match=r"00:06\.0: no process for it"):
         nursery.start()
     assert nursery.device.recv(1) == b""
+
+
+def test_one_that_can_not_be_watched_is_not_left_behind(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def refuse(pid: int) -> PeerProcess:
+        seen.append(pid)
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(PeerProcess, "of_child", refuse)
+    with pytest.raises(BackendError, match=r"00:06\.0: no process for it"):
+        nursery.start()
+    with pytest.raises(ProcessLookupError):
+        os.kill(seen[0], 0)
 
 
 @pytest.mark.parametrize("before", [None, "/elsewhere"])

@@ -90,7 +90,7 @@ class WorkerProcess:
                     pass_fds=fds,
                     process_group=0,
                 )
-            self.peer = PeerProcess.of_child(self._process.pid)
+            self.peer = self._watched()
         except OSError as error:
             raise BackendError(error.errno or 0, f"{name}: no process for it") from error
         loop.on_readable(self.peer, self._reap)
@@ -113,6 +113,15 @@ class WorkerProcess:
         if not poll.poll(_GRACE * 1000):
             self.peer.kill()
         self._finish()
+
+    def _watched(self) -> PeerProcess:
+        """Return what tells of its end; one that can't be watched is ended."""
+        try:
+            return PeerProcess.of_child(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def _reap(self) -> None:
         self._on_exit(self._finish())
