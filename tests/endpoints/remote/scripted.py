@@ -195,6 +195,8 @@ class Scripted:
                 data = payload[spec.REGION_ACCESS.size :]
                 self.log.append(("write", index, offset, data))
                 self.bars[index][offset : offset + count] = data
+                if index == CONFIG:  # nobody can write what a device is
+                    self.bars[CONFIG][: pci.COMMAND] = self.shape.config[: pci.COMMAND]
                 return payload[: spec.REGION_ACCESS.size], ()
             case Command.DEVICE_RESET:
                 self.log.append(("reset",))
