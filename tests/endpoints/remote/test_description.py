@@ -77,6 +77,16 @@ def test_there_are_bars_and_configuration_space_and_nothing_else() -> None:
     ]
 
 
+def test_no_kind_has_more_interrupts_than_pci_has() -> None:
+    shape = Shape()
+    shape.irqs = {index: IrqInfo(0xFFFF_FFFF, index) for index in range(5)}
+
+    counts = [irq.count for irq in describe(shape).irqs]
+
+    assert counts == [1, 32, 2048, 1, 1]
+    assert [irq.flags for irq in describe(shape).irqs] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("size", "told"), [(256, 256), (300, 256), (4096, 4096), (8192, 4096)])
 def test_configuration_space_has_one_of_two_sizes(size: int, told: int) -> None:
     shape = Shape()

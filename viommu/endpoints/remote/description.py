@@ -32,6 +32,9 @@ _CONFIG: Final = vfio.PCI_CONFIG_REGION_INDEX
 _ASKED: Final = (*range(vfio.PCI_NUM_BARS), _CONFIG)  # QEMU's list: others may not be answered
 _NO_REGION: Final = RegionInfo(0, 0)
 _NO_IRQ: Final = IrqInfo(0, 0)
+# What PCI has at most of INTx, MSI, MSI-X, and of VFIO's two kinds, whatever a device says:
+# somebody would have to go through them.
+_MAX_IRQS: Final = (1, pci.MSI_MAX_VECTORS, pci.MSIX_MAX_VECTORS, 1, 1)
 _READ_WRITE: Final = vfio.REGION_INFO_FLAG_READ | vfio.REGION_INFO_FLAG_WRITE
 
 _KIND: Final = 0x7F  # of header: without the bit for several functions
@@ -62,7 +65,11 @@ class Description:
     ) -> None:
         self.can_reset = bool(info.flags & vfio.DEVICE_FLAGS_RESET)
         self.regions = [regions.get(index, _NO_REGION) for index in range(vfio.PCI_NUM_REGIONS)]
-        self.irqs = [irqs.get(index, _NO_IRQ) for index in range(vfio.PCI_NUM_IRQS)]
+        kinds = [irqs.get(index, _NO_IRQ) for index in range(vfio.PCI_NUM_IRQS)]
+        self.irqs = [
+            IrqInfo(min(irq.count, most), irq.flags)
+            for irq, most in zip(kinds, _MAX_IRQS, strict=True)
+        ]
         self.config = config
         self.layout = ConfigLayout(config)
         self._not_mappable = (*self.layout.msix, *_followed(config))
