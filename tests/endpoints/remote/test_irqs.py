@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,6 +43,14 @@ def tell(rig: Rig, flags: int, index: int, start: int, count: int, *, fds: int =
 
 def told(rig: Rig) -> list[tuple[int, ...]]:
     return [entry[1:] for entry in rig.stage.device.writes() if entry[0] == "irqs"]
+
+
+def count_eventfds() -> int:
+    count = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the directory itself
+            count += "eventfd" in str(path.readlink())
+    return count
 
 
 @pytest.fixture
@@ -161,6 +171,37 @@ def test_a_dead_device_is_told_nothing_and_later_everything(rig: Rig) -> None:
         (ASSIGN, MSIX, 2, 1, 0),
         (ASSIGN, MSIX, 3, 1, 1),
     ]
+
+
+def test_a_device_that_starts_again_gets_what_unmasks_its_pin(rig: Rig) -> None:
+    rig.connect()
+    tell(rig, ASSIGN, INTX, 0, 1, fds=1)
+    tell(rig, RESAMPLE, INTX, 0, 1, fds=1)
+    rig.kill()
+    tell(rig, RESAMPLE, INTX, 0, 1, fds=1)
+
+    rig.turn(40)
+    assert told(rig) == [(ASSIGN, INTX, 0, 1, 1), (RESAMPLE, INTX, 0, 1, 1)]
+
+    rig.kill()
+    tell(rig, RESAMPLE, INTX, 0, 1)
+    rig.turn(40)
+    assert told(rig) == [(ASSIGN, INTX, 0, 1, 1)]
+
+    tell(rig, RESAMPLE, INTX, 0, 1, fds=1)
+    tell(rig, DISABLE, INTX, 0, 0)
+    tell(rig, ASSIGN, INTX, 0, 1, fds=1)
+    rig.kill()
+    rig.turn(40)
+    assert told(rig) == [(ASSIGN, INTX, 0, 1, 1)]
+
+    tell(rig, RESAMPLE, INTX, 0, 1, fds=1)
+    before = count_eventfds()
+    rig.stage.absent = PeerError(errno.ECONNREFUSED, "nobody is there")
+    rig.kill()
+    closed_by_device = before - count_eventfds()
+    rig.function.close()
+    assert before - count_eventfds() == closed_by_device + 1
 
 
 def many(make: Callable[..., Rig], at_a_time: int = 16) -> Rig:

@@ -142,6 +142,7 @@ class RemoteFunction:
         self._closed = True
         self._link.close()
         if self._known:
+            self._irqs.leave()
             self._device.close()
         if self._afterlife is not None:
             self._afterlife.close()

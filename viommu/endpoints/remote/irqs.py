@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
@@ -50,6 +51,7 @@ class RemoteIrqs:
         self._client: LoopClient | None = None
         self._lines: IrqLines | None = None
         self._vectors: dict[int, int] = {}  # how many the device has of each kind
+        self._mask_fds: dict[int, int] = {}  # eventfds that mask or unmask the pin, by action; ours
         self._untold: dict[int, set[int]] = {}  # vectors of which there was no room to speak
         self._timer: Timer | None = None
 
@@ -79,6 +81,7 @@ class RemoteIrqs:
             self._lines.on_masking(None)
             self._lines = None
         self._leave_untold()
+        self._forget_mask_fds()
         for index in list(self._vectors):
             self._disable(index)
 
@@ -90,6 +93,9 @@ class RemoteIrqs:
             fds = self._lines.fds(index) if self._lines is not None else []
             if fds and self._has(index, len(fds)):
                 self._assign(index, 0, fds)
+        for action, fd in self._mask_fds.items():
+            flags = vfio.IRQ_SET_DATA_EVENTFD | action
+            self._send(vfio.PCI_INTX_IRQ_INDEX, flags, 0, 1, fds=[fd])
 
     def lost(self) -> None:
         """The device has gone."""
@@ -116,8 +122,11 @@ class RemoteIrqs:
 
     def _masked(self, request: IrqSet, fds: Sequence[int]) -> None:
         """Pass on a mask, or an eventfd that unmasks, of the one kind that has them."""
-        if self._client is None or not self._has(request.index, request.start + request.count):
+        if not self._has(request.index, request.start + request.count):
             return
+        pin = request.index == vfio.PCI_INTX_IRQ_INDEX
+        if pin and request.data == vfio.IRQ_SET_DATA_EVENTFD:
+            self._keep_mask_fd(request.action, fds)
         self._send(
             request.index,
             request.data | request.action,
@@ -126,6 +135,21 @@ class RemoteIrqs:
             bools=request.bools,
             fds=fds,
         )
+
+    def _keep_mask_fd(self, action: int, fds: Sequence[int]) -> None:
+        """Keep what a device that starts again has to be given: nobody else does."""
+        if (before := self._mask_fds.pop(action, None)) is not None:
+            os.close(before)
+        for fd in fds:
+            try:
+                self._mask_fds[action] = os.dup(fd)
+            except OSError as error:
+                _log.warning("%s: a mask can't be kept: %s", self._name, error)
+
+    def _forget_mask_fds(self) -> None:
+        for fd in self._mask_fds.values():
+            os.close(fd)
+        self._mask_fds.clear()
 
     def _has(self, index: int, vectors: int) -> bool:
         return vectors <= self._theirs[index].count
@@ -167,6 +191,8 @@ class RemoteIrqs:
 
     def _disable(self, index: int) -> None:
         self._untold.pop(index, None)
+        if index == vfio.PCI_INTX_IRQ_INDEX:
+            self._forget_mask_fds()
         if self._vectors.pop(index, 0):
             self._send(index, _DISABLE, 0, 0)
 
