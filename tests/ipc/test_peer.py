@@ -91,6 +91,7 @@ def test_a_process_that_is_not_ours_to_kill(
 
     process = PeerProcess.of_child(child.pid)
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    assert not process.can_be_killed()
     assert not process.kill()
     process.close()
 

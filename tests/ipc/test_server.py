@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -100,11 +101,20 @@ def test_turning_away_does_not_fill_the_log(door: Rig, caplog: pytest.LogCapture
     assert len(caplog.messages) == 16
 
 
-def test_a_client_that_could_not_be_killed_is_not_admitted() -> None:
+def test_a_client_that_could_not_be_killed_is_not_admitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_pidfd: int, _number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     with Rig(policy=HoldPolicy(8, Measure.KILL)) as rig:
-        with pytest.raises(PeerError, match="can't be told from others") as caught:
+        with pytest.raises(PeerError, match="could not be killed") as caught:
             rig.connect(me())
         assert caught.value.errno == errno.EPERM
+        with monkeypatch.context() as roots:
+            roots.setattr(signal, "pidfd_send_signal", refuse)
+            with pytest.raises(PeerError, match="could not be killed"):
+                rig.connect(PeerProcess.of_child(os.getpid()))
         rig.connect(PeerProcess.of_child(os.getpid()))
 
 

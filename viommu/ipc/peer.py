@@ -71,21 +71,28 @@ class PeerProcess:
 
         Its end, when its memory is unmapped and its files are closed, comes later.
         """
-        if self._pidfd < 0:
-            return False
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has ended already
-        except OSError:
-            return False  # EPERM: root's; EINVAL: of another namespace
-        return True
+        return self._signal(signal.SIGKILL)
+
+    def can_be_killed(self) -> bool:
+        """Return whether :meth:`kill` would be allowed now; nothing is done."""
+        return self._signal(0)
 
     def close(self) -> None:
         """Close the pidfd; closing twice is harmless."""
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
+
+    def _signal(self, number: int) -> bool:
+        if self._pidfd < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            pass  # it has ended already
+        except OSError:
+            return False  # EPERM: root's; EINVAL: of another namespace
+        return True
 
     def __str__(self) -> str:
         return f"process {self.pid}"

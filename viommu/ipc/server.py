@@ -95,8 +95,8 @@ class ExportServer:
         refusal = None
         if self._client is not None:
             refusal = PeerError(errno.EBUSY, f"{self._client.process} is the client here")
-        elif self.policy.measure is Measure.KILL and process.fileno() < 0:
-            refusal = PeerError(errno.EPERM, f"{process} can't be told from others, to kill it")
+        elif self.policy.measure is Measure.KILL and not process.can_be_killed():
+            refusal = PeerError(errno.EPERM, f"{process} could not be killed, if need be")
         if refusal is not None:
             process.close()
             sock.close()
