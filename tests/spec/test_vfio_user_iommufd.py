@@ -52,9 +52,10 @@ LAYOUTS: list[tuple[type[Struct], struct.Struct, int, str]] = [
     (spec.AttachPt, spec.ATTACH_PT, 16, "argsz@0+4 flags@4+4 pt_id@8+4 pasid@12+4"),
     (spec.DetachPt, spec.DETACH_PT, 16, "argsz@0+4 flags@4+4 pasid@8+4 reserved@12+4"),
 ]
+NAMES = [kind.__name__ for kind, *_ in LAYOUTS]
 
 
-@pytest.mark.parametrize(("kind", "codec", "size", "fields"), LAYOUTS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("kind", "codec", "size", "fields"), LAYOUTS, ids=NAMES)
 def test_layout(kind: type[Struct], codec: struct.Struct, size: int, fields: str) -> None:
     found = [
         f"{name}@{getattr(kind, name).offset}+{getattr(kind, name).size}"
@@ -66,7 +67,7 @@ def test_layout(kind: type[Struct], codec: struct.Struct, size: int, fields: str
 
 
 @pytest.mark.parametrize(
-    ("kind", "codec"), [(kind, codec) for kind, codec, *_ in LAYOUTS], ids=lambda v: str(v)[:40]
+    ("kind", "codec"), [(kind, codec) for kind, codec, *_ in LAYOUTS], ids=NAMES
 )
 def test_decoding_equals_the_structure(kind: type[Struct], codec: struct.Struct) -> None:
     random_bytes = random.Random(codec.size).randbytes(codec.size)
