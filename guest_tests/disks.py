@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from guest_tests.lab.server import ViommuDevice
@@ -17,6 +18,7 @@ from viommu.control import ControlClient
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import TracebackType
 
     from guest_tests.lab.kernels import Kernel
     from guest_tests.rig import Lab, Mode
@@ -32,6 +34,8 @@ DISKS: Final = {
     "vfio-user, shared": SHARED,
     "vfio-user, by message": BY_MESSAGE,
 }
+
+_SETTLE_SECONDS: Final = 60.0
 
 
 class Maps(NamedTuple):
@@ -49,13 +53,7 @@ class DiskRig(Rig):
     hostile device are served by processes that we start.
     """
 
-    def __init__(
-        self,
-        lab: Lab,
-        kernel: Kernel,
-        mode: Mode,
-        directory: Path,
-    ) -> None:
+    def __init__(self, lab: Lab, kernel: Kernel, mode: Mode, directory: Path) -> None:
         self.images = {INSIDE: directory / "disk.img"}
         for bdf in (OWN, *REMOTE):
             self.images[bdf] = directory / f"disk-{bdf}.img"
@@ -63,22 +61,20 @@ class DiskRig(Rig):
                 image.truncate(DISK_SIZE)
         self._directory = directory
         self.devices: dict[str, ViommuDevice] = {}
-        for bdf in (*REMOTE, PROWLER):
-            self.start_device(bdf)
         more = {
             OWN: f"blk,path={self.images[OWN]},process=own",
             SHARED: f"vfio-user,socket={self._socket(SHARED)},memory=shared",
             BY_MESSAGE: f"vfio-user,socket={self._socket(BY_MESSAGE)},memory=message",
             PROWLER: f"vfio-user,socket={self._socket(PROWLER)},memory=message",
         }
+        mode = mode._replace(smp=2)
         try:
-            super().__init__(
-                lab, kernel, mode._replace(smp=2), directory, edu="edu,process=own", more=more
-            )
+            for bdf in (*REMOTE, PROWLER):
+                self.start_device(bdf)
+            super().__init__(lab, kernel, mode, directory, edu="edu,process=own", more=more)
         except BaseException:
             self.stop_devices()
             raise
-        self._closing.callback(self.stop_devices)
 
     def start_device(self, bdf: str) -> None:
         """Start the process of a stand-alone device."""
@@ -97,13 +93,15 @@ class DiskRig(Rig):
 
         The guest may go on meanwhile: answers that are not of the same moment are dropped.
         """
+        deadline = time.monotonic() + _SETTLE_SECONDS
         with ControlClient(f"{self._socket(bdf)}.control") as control:
-            while True:
+            while time.monotonic() < deadline:
                 before = self.wait_until("nothing waits", _is_at_rest)
                 device: dict[str, Any] = control.snapshot()
                 after = self.server.snapshot()
                 if _is_at_rest(after) and _requests(before) == _requests(after):
                     return Maps(device["maps"], _domain(after, bdf), _endpoint(after, bdf))
+        raise TimeoutError(f"the guest is never still for a moment: {after}")
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -113,6 +111,16 @@ class DiskRig(Rig):
             yield
         finally:
             self.vm.process.send_signal(signal.SIGCONT)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End everything, the devices last."""
+        super().__exit__(kind, error, traceback)
+        self.stop_devices()
 
     def _socket(self, bdf: str) -> Path:
         return self._directory / f"device-{bdf}.sock"
