@@ -39,6 +39,7 @@ LOOKS = 8  # at the maps while the disk is busy, with the guest stopped and with
 REQUESTS = 4  # of the guest, from one look to the next
 BUSY_REQUESTS = 20
 RAW_OFFSET = 50 << 20
+SIGN = 60 << 20  # where the host tells the guest to stop
 HOLD_MS = 3000
 DEAD = {bdf: name for name, bdf in DISKS.items() if bdf != INSIDE}
 
@@ -86,14 +87,17 @@ def test_a_device_is_told_exactly_what_the_guest_has_mapped(guest: DiskRig, bdf:
     guest.call("disk.make", bdf=bdf, megabytes=48)
     assert_maps_agree(guest, bdf)
 
-    guest.vm.start("disk.fill", bdf=bdf, files=FILES)
+    guest.vm.start("disk.write_until_told", bdf=bdf, offset=RAW_OFFSET, sign=SIGN)
     seen = []
     for _ in range(LOOKS):
         guest.wait_for_requests(REQUESTS)
         with guest.frozen():
             seen.append(assert_maps_agree(guest, bdf))
         assert_maps_agree(guest, bdf)
-    guest.vm.finish()
+    with guest.images[bdf].open("r+b") as image:
+        image.seek(SIGN)
+        image.write(os.urandom(16))
+    assert guest.vm.finish() > 0
 
     assert_maps_agree(guest, bdf)
     assert any(maps != seen[0] for maps in seen), "nothing was mapped or unmapped meanwhile"

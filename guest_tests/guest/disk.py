@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -24,10 +25,12 @@ __all__ = [
     "sums",
     "write_raw",
     "write_until_error",
+    "write_until_told",
 ]
 
 _MOUNT_POINT = Path("/mnt")
 _CHUNK = 1 << 20
+_SECTOR = 512
 
 
 def size(bdf: str) -> int:
@@ -119,6 +122,30 @@ def write_until_error(bdf: str, offset: int) -> int:
         return error.errno or 0
     finally:
         os.close(disk)
+
+
+def write_until_told(bdf: str, offset: int, sign: int) -> int:
+    """Write past the file system until the host has changed the sector at ``sign``.
+
+    Returns how many times it wrote.
+    """
+    data = os.urandom(_CHUNK)
+    sector = mmap.mmap(-1, _SECTOR)  # aligned, as direct I/O needs it
+    disk = os.open(_device(bdf), os.O_RDWR)
+    uncached = os.open(_device(bdf), os.O_RDONLY | os.O_DIRECT)
+    try:
+        os.preadv(uncached, [sector], sign)
+        before = sector[:]
+        times = 0
+        while sector[:] == before:
+            os.pwrite(disk, data, offset)
+            os.fsync(disk)
+            times += 1
+            os.preadv(uncached, [sector], sign)
+    finally:
+        os.close(uncached)
+        os.close(disk)
+    return times
 
 
 def rebind(bdf: str) -> None:
