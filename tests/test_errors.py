@@ -43,3 +43,7 @@ def test_messages_show_the_offending_value() -> None:
 
 def test_a_usage_error_is_a_value_error() -> None:
     assert issubclass(errors.UsageError, ValueError)
+
+
+def test_access_in_letters() -> None:
+    assert [Access(value).letters for value in range(4)] == ["--", "r-", "-w", "rw"]

@@ -52,6 +52,11 @@ class Access(enum.Flag):
     READ = 1
     WRITE = 2
 
+    @property
+    def letters(self) -> str:
+        """The same as ``rw``, ``r-``, ``-w`` or ``--``."""
+        return ("r" if Access.READ in self else "-") + ("w" if Access.WRITE in self else "-")
+
 
 class ViommuError(Exception):
     """The parent of every exception of this package."""

@@ -16,7 +16,7 @@ from viommu.endpoints.emulated import EmulatedEndpoint
 from viommu.endpoints.host import HostKind, HostPlace
 from viommu.endpoints.opening import EndpointPlace, open_endpoint
 from viommu.endpoints.registry import find_kind, parse_endpoint
-from viommu.errors import Access, UsageError
+from viommu.errors import UsageError
 from viommu.memory import GuestMemory, MappedFiles
 from viommu.memory.managed import ManagedMemory
 from viommu.memory.regions import RegionManager
@@ -250,7 +250,7 @@ class Machine:
                     "kind": domain.kind.value,
                     "endpoints": [str(number) for number in sorted(domain.endpoints)],
                     "mappings": len(domain.map),
-                    "ranges": [[m.iova, m.size, m.gpa, _letters(m.prot)] for m in first],
+                    "ranges": [[m.iova, m.size, m.gpa, m.prot.letters] for m in first],
                 }
             )
         return found
@@ -278,8 +278,3 @@ def _shortened(value: object) -> object:
     if isinstance(value, list):
         return [_shortened(part) for part in value[:_LISTED_TOGETHER]]
     return value
-
-
-def _letters(prot: Access) -> str:
-    """Write a protection as ``rw``, ``r-``, ``-w`` or ``--``."""
-    return ("r" if Access.READ in prot else "-") + ("w" if Access.WRITE in prot else "-")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from viommu.domain import X86_MSI_WINDOW
 from viommu.endpoints.dma import EndpointDma
 from viommu.endpoints.remote import RemoteFunction
-from viommu.errors import Access, PeerError, UsageError
+from viommu.errors import PeerError, UsageError
 from viommu.iova import ADDRESS_SPACE_END
 from viommu.vfio_user import dial
 from viommu.vfio_user.connection import peer_process
@@ -107,7 +107,7 @@ class VfioUserEndpoint:
                 **function,
                 **mapper,
                 "maps": [
-                    [entry.iova, entry.size, entry.gpa, _letters(entry.prot)]
+                    [entry.iova, entry.size, entry.gpa, entry.prot.letters]
                     for entry in islice(entries, _LISTED)
                 ],
                 "maps in all": len(entries),
@@ -154,8 +154,3 @@ def _take(state: dict[str, object], key: str) -> dict[str, object]:
     part = state.pop(key)
     assert isinstance(part, dict)  # noqa: S101 - it is ours
     return part
-
-
-def _letters(prot: Access) -> str:
-    """Write a protection as ``rw``, ``r-``, ``-w`` or ``--``."""
-    return ("r" if Access.READ in prot else "-") + ("w" if Access.WRITE in prot else "-")
