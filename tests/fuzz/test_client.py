@@ -8,11 +8,11 @@ import os
 import random
 import socket
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
+from tests.fuzz.footprint import memory_use, open_fds
 from viommu.errors import PeerError, ViommuError
 from viommu.loop import Loop
 from viommu.memory import GuestMemory, MappedFiles
@@ -342,16 +342,6 @@ REQUESTS: Final[list[Callable[[int], Request[Any]]]] = [
     lambda _: requests.mig_data_read(64),
     lambda _: requests.mig_data_write(bytes(64)),
 ]
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def memory_use() -> tuple[int, int]:
-    """Virtual and resident memory of this process, in bytes."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return int(pages[0]) * PAGE, int(pages[1]) * PAGE
 
 
 @pytest.fixture

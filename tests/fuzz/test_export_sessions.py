@@ -7,11 +7,11 @@ import gc
 import os
 import random
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.fuzz.footprint import memory_use, open_fds
 from tests.ipc.rig import PAGE, RW, make_memory
 from viommu.basic import BasicMemoryMapper
 from viommu.ipc import protocol
@@ -25,6 +25,7 @@ from viommu.vfio_user.connection import close_fds, receive, send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from viommu.errors import TranslationFault
     from viommu.events import Event
@@ -244,16 +245,6 @@ class Fuzzer:
         self.server.close()
         self.memory.close()
         self.loop.close()
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def memory_use() -> tuple[int, int]:
-    """Virtual and resident memory of this process, in bytes."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return int(pages[0]) * PAGE, int(pages[1]) * PAGE
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fuzz.footprint import memory_use, open_fds
 from tests.fuzz.test_vfio_user import (
     MESSAGES,
     NUMBERS,
@@ -17,8 +18,6 @@ from tests.fuzz.test_vfio_user import (
     Shot,
     SlowBank,
     SteadyBank,
-    memory_use,
-    open_fds,
 )
 from tests.vfio_user import ioas_payloads as wire
 from tests.vfio_user.ioas_payloads import FIXED, READABLE, RW, WRITEABLE

@@ -7,11 +7,11 @@ import os
 import random
 import socket
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import pytest
 
+from tests.fuzz.footprint import memory_use, open_fds
 from tests.vfio_user.register_bank import RegisterBank
 from viommu.deferred import Deferred
 from viommu.errors import PeerError
@@ -26,6 +26,7 @@ from viommu.vfio_user.protocol import Capabilities, Message, MessageReader, enco
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -353,16 +354,6 @@ class Fuzzer:
         self.leave()
         for fd in self.fds:
             os.close(fd)
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def memory_use() -> tuple[int, int]:
-    """Virtual and resident memory of this process, in bytes."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return int(pages[0]) * PAGE, int(pages[1]) * PAGE
 
 
 @pytest.fixture(params=[SteadyBank, SlowBank])
