@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 import stat
 from typing import TYPE_CHECKING
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from viommu.errors import UsageError
+from viommu.loop import Loop
 from viommu.vfio_user.listener import Listener
 
 if TYPE_CHECKING:
@@ -93,3 +96,39 @@ def test_a_path_that_became_another_s_is_left_alone(tmp_path: Path) -> None:
     assert path.exists()
     path.unlink()
     second.close()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_client_waits_for_resources_unless_its_server_ends(tmp_path: Path, closed: bool) -> None:
+    now = [0.0]
+    loop = Loop(lambda: now[0])
+    listener = Listener(tmp_path / "s")
+    calls: list[str] = []
+    assert listener.accept(loop, lambda: calls.append("again")) is None, "nobody is there"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(listener.path))
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many") as refusal:
+                listener.accept(loop, lambda: calls.append("again"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert refusal.value.errno == errno.EMFILE
+        loop.turn(0)
+        assert calls == [], "it is not looked for at once"
+        if closed:
+            listener.close()
+        now[0] = 1.0
+        loop.turn(0)
+        loop.turn(0)
+        assert bool(calls) is not closed
+        accepted = listener.accept(loop, lambda: None)
+        assert (accepted is None) is closed
+        if accepted is not None:
+            accepted.close()
+            loop.forget(listener)
+    listener.close()
+    loop.close()

@@ -175,7 +175,6 @@ def test_nobody_to_accept_is_no_error(server: Server, connect: Callable[[], Peer
     server._accept()
     server.close()
     server._accept()
-    server._accept_again()
     assert server.clients == 0
 
 

@@ -27,7 +27,6 @@ __all__ = ["ExportServer"]
 
 _log: Final = logging.getLogger("viommu.ipc")
 
-_RETRY_ACCEPT: Final = 0.1  # seconds, when there is no file descriptor left for a client
 _LOGGED: Final = 16  # clients turned away that are logged
 
 
@@ -143,17 +142,14 @@ class ExportServer:
             self._listener.close()
 
     def _accept(self) -> None:
-        if self._listener is None or self._listener.fileno() < 0:
-            return  # closed since a retry was planned
+        if self._listener is None:
+            return
         try:
-            sock, _ = self._listener.socket.accept()
-        except BlockingIOError:
-            return  # it has gone again
+            sock = self._listener.accept(self._loop, self._accept)
         except OSError as error:
             _log.warning("%s: can't accept a client: %s", self.name, error)
-            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
-                self._loop.on_readable(self._listener, None)
-                self._loop.call_later(_RETRY_ACCEPT, self._accept_again)
+            return
+        if sock is None:
             return
         try:
             process = PeerProcess.of_socket(sock)
@@ -165,10 +161,6 @@ class ExportServer:
             self.admit(sock, process)
         except PeerError as error:
             self._turn_away(error)
-
-    def _accept_again(self) -> None:
-        if self._listener is not None and self._listener.fileno() >= 0:
-            self._loop.on_readable(self._listener, self._accept)
 
     def _turn_away(self, error: PeerError) -> None:
         self.turned_away += 1

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Final
 from viommu.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["Listener"]
+    from viommu.loop import Loop
 
+__all__ = ["EXHAUSTED", "Listener"]
+
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Why there can be no further client now, but later."""
+
+_RETRY: Final = 0.1  # seconds, when there is no file descriptor left for a client
 _BACKLOG: Final = 8
 _MODE: Final = 0o600  # whoever may connect may have us write its memory and files
 
@@ -54,6 +61,29 @@ class Listener:
     def fileno(self) -> int:
         """Return the socket's file descriptor, -1 once closed."""
         return self.socket.fileno()
+
+    def accept(self, loop: Loop, again: Callable[[], None]) -> socket.socket | None:
+        """Return the next client; ``None`` if it has gone again, or if this is closed.
+
+        Raises:
+            OSError: It can't be accepted. If that is for want of resources, the client stays
+                in the queue, and ``again`` is called when ``loop`` finds it there later.
+        """
+        if self.fileno() < 0:
+            return None  # closed since a retry was planned
+        try:
+            return self.socket.accept()[0]
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                loop.on_readable(self, None)
+                loop.call_later(_RETRY, lambda: self._watch(loop, again))
+            raise
+
+    def _watch(self, loop: Loop, callback: Callable[[], None]) -> None:
+        if self.fileno() >= 0:
+            loop.on_readable(self, callback)
 
     def close(self) -> None:
         """Stop listening and remove the path, unless it has become another's."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
 from viommu.vfio_user.irqs import IrqLines
-from viommu.vfio_user.listener import Listener
+from viommu.vfio_user.listener import EXHAUSTED, Listener
 from viommu.vfio_user.served import IrqInfo, RegionInfo, ServedDevice
 from viommu.vfio_user.served_client import ServedClient
 from viommu.vfio_user.session import ServerLimits, SessionCounters
@@ -29,8 +28,6 @@ __all__ = [
 ]
 
 _LOG: Final = logging.getLogger("viommu.vfio_user")
-
-_RETRY_ACCEPT: Final = 0.1  # seconds, when there is no file descriptor left for a client
 
 
 class Server:
@@ -95,19 +92,13 @@ class Server:
         self._listener.close()
 
     def _accept(self) -> None:
-        if self._listener.fileno() < 0:
-            return  # closed since a retry was planned
         try:
-            sock, _ = self._listener.socket.accept()
-        except BlockingIOError:
-            return  # it has gone again
+            sock = self._listener.accept(self._loop, self._accept)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                _LOG.warning("%s: can't accept a client: %s", self.device.name, error)
-                return
-            _LOG.warning("%s: no resources for another client: %s", self.device.name, error)
-            self._loop.on_readable(self._listener, None)
-            self._loop.call_later(_RETRY_ACCEPT, self._accept_again)
+            why = "no resources for another" if error.errno in EXHAUSTED else "can't accept a"
+            _LOG.warning("%s: %s client: %s", self.device.name, why, error)
+            return
+        if sock is None:
             return
         if self._client is not None:
             self._client.finish_departed()
@@ -128,10 +119,6 @@ class Server:
             on_gone=self._gone,
             on_memory_refused=self._memory_refused,
         )
-
-    def _accept_again(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.on_readable(self._listener, self._accept)
 
     def _gone(self, _why: str) -> None:
         self._client = None
